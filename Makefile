@@ -1,0 +1,35 @@
+# Everything is installed into .venv, on first use and again when pyproject.toml or constraints.txt change.
+#   make demo [OUT=folder]    train a small LoRA on the bundled model and draw a contact sheet
+#   make test | test-slow     the quick tests | those that take minutes
+#   make lint | format        check the style | apply it
+PYTHON ?= python3
+VENV ?= .venv
+
+.PHONY: demo test test-slow lint format
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.ready
+	$(VENV)/bin/lora-trainer demo $(if $(OUT),--out "$(OUT)")
+
+test: $(VENV)/.ready
+	$(VENV)/bin/python -m pytest -m "not slow and not gpu"
+
+test-slow: $(VENV)/.ready
+	$(VENV)/bin/python -m pytest -m "slow and not gpu"
+
+lint: $(VENV)/.ready
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: $(VENV)/.ready
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+# The tested versions need Python 3.11; on 3.10 pip takes the newest that still support it.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@test -x $(VENV)/bin/pip || $(PYTHON) -c 'import sys; (3, 10) <= sys.version_info[:2] <= (3, 13) or sys.exit( \
+	    "LoRA Trainer needs Python 3.10 to 3.13, but $(PYTHON) is %d.%d: try make PYTHON=python3.11" % sys.version_info[:2])'
+	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet -e ".[tensorboard,test]" \
+	    $$($(VENV)/bin/python -c 'import sys; print("-c constraints.txt" if sys.version_info >= (3, 11) else "")')
+	@touch $@

@@ -1,0 +1,123 @@
+"""A folder's items to training samples: latents and text embeddings, computed once and kept."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lora_trainer.dataset.buckets import Bucket, fit, place
+from lora_trainer.dataset.images import ImageError, load_image
+from lora_trainer.dataset.items import Item
+from lora_trainer.errors import DataError
+from lora_trainer.events import EventSink, Notice, Progress
+from lora_trainer.models.latents import encode, latent_shape, to_tensor
+from lora_trainer.models.model import Model
+
+# Draws the posterior's noise for (index of the item, shape of its latents): [1, *shape] float32.
+LatentNoise = Callable[[int, tuple[int, int, int]], Tensor]
+
+
+class Stopped(Exception):  # noqa: N818 (not an error)
+    """The user asked to stop before training began."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image, ready to train on. latents [4, h, w] and context [77 n, width], float32 on the CPU."""
+
+    item: Item
+    bucket: Bucket
+    latents: Tensor
+    context: Tensor
+
+    @property
+    def group(self) -> Hashable:
+        """Samples of one group have the same shapes."""
+        return (self.bucket.width, self.bucket.height, self.context.shape[0])
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The samples in the order of the items, and what was left out."""
+
+    samples: tuple[Sample, ...]
+    skipped: tuple[str, ...]
+
+    @property
+    def groups(self) -> list[Hashable]:
+        return [sample.group for sample in self.samples]
+
+    @property
+    def buckets(self) -> dict[tuple[int, int], int]:
+        """Images by (width, height)."""
+        return dict(Counter((s.bucket.width, s.bucket.height) for s in self.samples))
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How pictures are cut: the area of a bucket is at most `resolution` squared."""
+
+    resolution: int
+    allow_upscaling: bool = False
+
+
+def prepare(
+    items: Sequence[Item],
+    model: Model,
+    sizes: Sizes,
+    *,
+    noise: LatentNoise,
+    sink: EventSink,
+    stop: Callable[[], bool] = lambda: False,
+) -> Prepared:
+    """Encode `items`. Unreadable and too small images are named, skipped and counted.
+
+    Raises DataError when none is left, Stopped when `stop()` turns true.
+    """
+    contexts: dict[str, Tensor] = {}
+    samples: list[Sample] = []
+    skipped: list[str] = []
+    for index, item in enumerate(items):
+        if stop():
+            raise Stopped
+        try:
+            bucket, latents = _latents(item, index, model, sizes, noise)
+        except (ImageError, ValueError) as error:
+            skipped.append(str(error))
+            sink(Notice(text=f"skipped: {error}", level="warning"))
+            continue
+        if item.caption not in contexts:
+            contexts[item.caption] = encode_caption(model, item.caption)
+        samples.append(Sample(item, bucket, latents, contexts[item.caption]))
+        sink(Progress(stage="encoding images", done=index + 1, total=len(items)))
+    if skipped:
+        sink(Notice(text=f"{len(skipped)} of {len(items)} images skipped", level="warning"))
+    if not samples:
+        raise DataError(f"{items[0].path.parent}: none of its {len(items)} images can be used: {skipped[0]}")
+    return Prepared(tuple(samples), tuple(skipped))
+
+
+@torch.no_grad()
+def encode_caption(model: Model, caption: str) -> Tensor:
+    """The frozen encoders' embedding of one caption: [77 n, width] float32 on the CPU."""
+    ids = model.text.tokenize(caption).to(model.facts.device)
+    return model.text.encode(ids)[0].float().cpu()
+
+
+def _latents(
+    item: Item, index: int, model: Model, sizes: Sizes, noise: LatentNoise
+) -> tuple[Bucket, Tensor]:
+    image = load_image(item.path)
+    try:
+        placement = place(image.size, sizes.resolution, allow_upscaling=sizes.allow_upscaling)
+    except ValueError as error:
+        raise ImageError(item.path, str(error)) from error
+    shape = latent_shape(model.vae, placement.bucket.width, placement.bucket.height)
+    latents = encode(model.vae, to_tensor(fit(image, placement)), noise(index, shape))
+    if not torch.isfinite(latents).all():
+        raise ImageError(item.path, "the VAE gave numbers that are not finite")
+    return placement.bucket, latents[0].cpu()

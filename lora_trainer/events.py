@@ -1,0 +1,92 @@
+"""What a run tells the outside: one tagged union of frozen events, and the sink they go to."""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+import msgspec
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="event"):
+    """Base of all events; `msgspec.json.encode` gives one JSON object with its name under `event`."""
+
+
+class Notice(Event, tag="notice"):
+    """Something the user should know: a fallback, a guess, a skipped file."""
+
+    text: str
+    level: Literal["info", "warning"] = "info"
+
+
+class Progress(Event, tag="progress"):
+    """Work before or after the training steps: decoding, encoding, validating, sampling."""
+
+    stage: str
+    done: int
+    total: int
+
+
+class Started(Event, tag="started"):
+    """Training is about to take its first step. Counts are of scalars; `scale` is alpha / rank."""
+
+    name: str
+    device: str
+    precision: str
+    images: int
+    steps: int
+    epochs: int
+    effective_batch: int
+    trainable: int
+    total: int
+    modules: int
+    scale: float
+
+
+class StepDone(Event, tag="step"):
+    """One optimizer update. `loss` is the mean over the update's samples; `memory` in bytes, where known."""
+
+    step: int
+    steps: int
+    epoch: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    seconds: float
+    memory: int | None = None
+
+
+class Validated(Event, tag="validated"):
+    """Held-out loss with fixed noise and timesteps: of the base model, and with the LoRA at this step."""
+
+    step: int
+    base: float
+    lora: float
+
+
+class Saved(Event, tag="saved"):
+    """A file is complete under its final name."""
+
+    path: str
+    step: int
+    kind: Literal["lora", "checkpoint", "sample", "report"]
+
+
+class Finished(Event, tag="finished"):
+    """The last event of a run."""
+
+    state: Literal["done", "stopped", "failed"]
+    output: list[str]
+    steps: int
+    loss: float | None
+    seconds: float
+    validation_base: float | None = None
+    validation_lora: float | None = None
+
+
+AnyEvent = Notice | Progress | Started | StepDone | Validated | Saved | Finished
+
+
+class EventSink(Protocol):
+    """Anything that can be told an event: a progress bar, a log file, a list in a test."""
+
+    def __call__(self, event: AnyEvent) -> None: ...

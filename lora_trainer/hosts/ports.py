@@ -1,0 +1,51 @@
+"""What a run needs from where it runs: four small Protocols, one of which is `events.EventSink`."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from lora_trainer.models.model import Model
+
+
+class ModelSource(Protocol):
+    """Where the base model comes from."""
+
+    def borrow(self) -> AbstractContextManager[Model]:
+        """The model for one training segment; given back, unchanged, on exit."""
+        ...
+
+
+class GpuLease(Protocol):
+    """The right to use the GPU; always taken outside `ModelSource.borrow`."""
+
+    def hold(self) -> AbstractContextManager[None]: ...
+
+    def hand_over(self) -> bool:
+        """Let whoever waits use the GPU, at a step boundary. False when the model is no longer ours."""
+        ...
+
+
+class LoraStore(Protocol):
+    """Where results go."""
+
+    def claim(self, name: str) -> str:
+        """The name under which this run will publish: `name`, or one like it that overwrites nothing."""
+        ...
+
+    def publish(self, file: str, data: bytes, *, final: bool) -> Path:
+        """Write `data` whole under `file` (a relative name). Raises OutputError, leaving nothing half-written."""
+        ...
+
+
+@dataclass(frozen=True)
+class Host:
+    """The place where a run happens."""
+
+    models: ModelSource
+    lease: GpuLease
+    store: LoraStore

@@ -1,0 +1,151 @@
+"""A terminal as the host: the model from a file, the GPU ours alone, results into `output_dir`."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from lora_trainer.adapters.hashes import checkpoint_hashes
+from lora_trainer.adapters.writer import publish
+from lora_trainer.config import Config
+from lora_trainer.errors import ConfigError
+from lora_trainer.events import EventSink, Finished
+from lora_trainer.hosts.ports import Host
+from lora_trainer.logs import CsvLog, TensorBoardLog, fan_out
+from lora_trainer.models.checkpoint import FileIdentity
+from lora_trainer.models.model import CheckpointHashes, Model
+from lora_trainer.models.single_file import model_of, place
+from lora_trainer.training.precision import resolve
+from lora_trainer.training.run import run
+
+
+def train(config: Config, sink: EventSink) -> Finished:
+    """Run `config` in this process, logging to `output_dir/logs` as well as to `sink`.
+
+    The first Ctrl-C saves what was learned; SOURCE_DATE_EPOCH, when set, is the clock. Raises UserError.
+    """
+    device = device_of(config.device)
+    output = Path(config.output_dir)
+    logs = output / "logs"
+    kinds = [CsvLog] + ([TensorBoardLog] if config.log_with == "tensorboard" else [])
+    with stop_on_interrupt() as stop, fan_out(sink, *(kind(logs) for kind in kinds)) as events:
+        dtype = resolve(config.mixed_precision, device)[0].compute
+        host = Host(
+            FileModels(Path(config.base_model), device, dtype), AloneLease(), FolderStore(output, config.overwrite)
+        )
+        return run(config, host, events, clock=clock, stop=stop)
+
+
+def device_of(name: str) -> torch.device:
+    """`auto` is the first GPU where there is one. Raises ConfigError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError([f"device: expected auto, cpu or a device of this machine, found {name!r} ({reason})"]) from None
+    return device
+
+
+def clock() -> float:
+    """Seconds since 1970; SOURCE_DATE_EPOCH makes runs repeatable (https://reproducible-builds.org)."""
+    fixed = os.environ.get("SOURCE_DATE_EPOCH")
+    return float(fixed) if fixed else time.time()
+
+
+@contextmanager
+def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
+    """Yields `stop`: true after the first Ctrl-C (or SIGTERM). The second Ctrl-C interrupts at once."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+
+    def handle(number: int, frame: object) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@dataclass
+class FileModels:
+    """The model of one checkpoint file, placed at the first borrow and kept."""
+
+    path: Path
+    device: torch.device
+    dtype: torch.dtype
+    _state: tuple | None = field(default=None, init=False)
+
+    @contextmanager
+    def borrow(self) -> Iterator[Model]:
+        if self._state is None:
+            self._state = (*place(self.path, self.device, self.dtype), in_background(self.path))
+        family, state, hashes = self._state
+        yield model_of(state, family, self.path, device=self.device, hashes=hashes)
+
+
+def in_background(path: Path) -> Callable[[], CheckpointHashes]:
+    """Hash `path` in a thread; the result waits for it, and is empty if the file has changed meanwhile."""
+    before = FileIdentity.of(path)
+    executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hash")
+
+    def hashes() -> CheckpointHashes:
+        try:
+            legacy, sha256 = checkpoint_hashes(path)
+            same = FileIdentity.of(path) == before
+        except OSError:
+            return CheckpointHashes()
+        return CheckpointHashes(legacy, sha256) if same else CheckpointHashes()
+
+    future = executor.submit(hashes)
+    executor.shutdown(wait=False)
+    return future.result
+
+
+class AloneLease:
+    """Nobody else wants the GPU."""
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        yield
+
+    def hand_over(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class FolderStore:
+    """Results in one folder; another run's LoRA is only overwritten when told to."""
+
+    folder: Path
+    overwrite: bool
+
+    def claim(self, name: str) -> str:
+        if self.overwrite:
+            return name
+        names = (name if n == 1 else f"{name}-{n}" for n in itertools.count(1))
+        return next(n for n in names if not (self.folder / f"{n}.safetensors").exists())
+
+    def publish(self, file: str, data: bytes, *, final: bool) -> Path:
+        target = self.folder / file
+        publish(data, target)
+        return target

@@ -1,0 +1,149 @@
+"""The zero-copy bridge: diffusers and transformers modules over tensors that somebody else owns.
+
+A module is built on the meta device, its parameters are assigned from the placed state dict under renamed keys,
+and nothing is copied: each parameter has the address of the tensor it views. The config comes from the shapes,
+so that any topology of the family works.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from lora_trainer.errors import ModelError
+from lora_trainer.models import unet_names, vae_names
+
+TEXT_PREFIX = "cond_stage_model.transformer."
+
+State = Mapping[str, Tensor]
+
+
+def unet_view(state: State, *, num_heads: int) -> UNet2DConditionModel:
+    """The UNet of an LDM state dict as a frozen diffusers model that shares every tensor."""
+    part = _part(state, unet_names.LDM_PREFIX)
+    config = unet_config(part, num_heads=num_heads)
+    layers = config["layers_per_block"]
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**config)
+    return _assign(unet, part, lambda name: unet_names.to_diffusers(name, layers))
+
+
+def vae_view(state: State, *, scale_factor: float) -> AutoencoderKL:
+    """The VAE of an LDM state dict as a frozen diffusers model that shares every tensor."""
+    part = {
+        name: tensor
+        for name, tensor in _part(state, vae_names.LDM_PREFIX).items()
+        if name.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv."))
+    }
+    config = vae_config(part, scale_factor=scale_factor)
+    levels = len(config["block_out_channels"])
+    with torch.device("meta"):
+        vae = AutoencoderKL(**config)
+    return _assign(vae, part, lambda name: vae_names.to_diffusers(name, levels))
+
+
+def text_view(state: State, *, config_folder: Path | None) -> CLIPTextModel:
+    """SD1's CLIP text encoder as a frozen transformers model that shares every parameter.
+
+    The number of heads is read from `config_folder`, else it follows from CLIP's 64 channels a head.
+    """
+    part = _part(state, TEXT_PREFIX)
+    part = {name: tensor for name, tensor in part.items() if not name.endswith("position_ids")}
+    with torch.device("meta"):
+        text = CLIPTextModel(text_config(part, config_folder))
+    # transformers 5 dropped the `text_model` level that files (and older versions) have.
+    has_level = any(name.startswith("text_model.") for name, _ in text.named_parameters())
+    _assign(text, part, lambda name: name if has_level else name.removeprefix("text_model."))
+    for module in text.modules():
+        if "position_ids" in dict(module.named_buffers(recurse=False)):
+            positions = module.position_embedding.weight
+            module.position_ids = torch.arange(positions.shape[0], device=positions.device).unsqueeze(0)
+    return text
+
+
+def unet_config(part: State, *, num_heads: int) -> dict:
+    """UNet2DConditionModel's arguments, from the shapes of an LDM UNet (SD1 form)."""
+    numbers = sorted({int(name.split(".")[1]) for name in part if name.startswith("input_blocks.")})
+    downs = [n for n in numbers if f"input_blocks.{n}.0.op.weight" in part]
+    layers = downs[0] - 1 if downs else numbers[-1]
+    firsts = [1] + [n + 1 for n in downs]
+    channels = [part[f"input_blocks.{n}.0.in_layers.2.weight"].shape[0] for n in firsts]
+    attends = [f"input_blocks.{n}.1.proj_in.weight" in part for n in firsts]
+    context = "input_blocks.{}.1.transformer_blocks.0.attn2.to_k.weight".format(firsts[attends.index(True)])
+    projection = "input_blocks.{}.1.proj_in.weight".format(firsts[attends.index(True)])
+    return {
+        "in_channels": part["input_blocks.0.0.weight"].shape[1],
+        "out_channels": part["out.2.weight"].shape[0],
+        "block_out_channels": tuple(channels),
+        "layers_per_block": layers,
+        "down_block_types": tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends),
+        "up_block_types": tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
+        "cross_attention_dim": part[context].shape[1],
+        # diffusers means the number of heads by this name.
+        "attention_head_dim": num_heads,
+        "use_linear_projection": part[projection].dim() == 2,
+    }
+
+
+def vae_config(part: State, *, scale_factor: float) -> dict:
+    """AutoencoderKL's arguments, from the shapes of an LDM VAE."""
+    levels = 1 + max(int(name.split(".")[2]) for name in part if name.startswith("encoder.down."))
+    blocks = [name for name in part if name.startswith("encoder.down.0.block.")]
+    channels = tuple(
+        part[f"encoder.down.{level}.block.0.conv1.weight"].shape[0] for level in range(levels)
+    )
+    return {
+        "block_out_channels": channels,
+        "layers_per_block": 1 + max(int(name.split(".")[4]) for name in blocks),
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+        "latent_channels": part["post_quant_conv.weight"].shape[1],
+        "scaling_factor": scale_factor,
+    }
+
+
+def text_config(part: State, folder: Path | None) -> CLIPTextConfig:
+    """The text encoder's config: of `folder` where there is one, with the sizes of the tensors."""
+    vocabulary, width = part["text_model.embeddings.token_embedding.weight"].shape
+    layers = [name for name in part if name.endswith(".mlp.fc1.weight")]
+    sizes = {
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": part[layers[0]].shape[0],
+        "num_hidden_layers": len(layers),
+        "max_position_embeddings": part["text_model.embeddings.position_embedding.weight"].shape[0],
+    }
+    if folder is None:
+        return CLIPTextConfig(**sizes, num_attention_heads=max(1, width // 64), hidden_act="quick_gelu")
+    return CLIPTextConfig.from_pretrained(folder, local_files_only=True, **sizes)
+
+
+def _part(state: State, prefix: str) -> dict[str, Tensor]:
+    return {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def _assign(module: nn.Module, part: State, rename: Callable[[str], str]) -> nn.Module:
+    """Give `module`'s parameters the storage of `part`; a 1×1 convolution may stand for a linear layer."""
+    shapes = {name: parameter.shape for name, parameter in module.state_dict().items()}
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in part.items():
+        try:
+            target = rename(name)
+            renamed[target] = tensor.detach().view(shapes[target])
+        except (KeyError, RuntimeError):
+            raise ModelError(
+                f"{type(module).__name__}: the tensor {name} {list(tensor.shape)} has no place in this family"
+            ) from None
+    missing = [name for name in shapes if name not in renamed and not name.endswith("position_ids")]
+    if missing:
+        raise ModelError(
+            f"{type(module).__name__}: the checkpoint lacks {len(missing)} of {len(shapes)} tensors, "
+            f"for example the one diffusers calls {missing[0]}"
+        )
+    module.load_state_dict(renamed, assign=True, strict=False)
+    return module.requires_grad_(False).eval()

@@ -1,0 +1,48 @@
+"""Pictures to latents and back, through the VAE view."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from torch import Tensor
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """An RGB picture as [1, 3, H, W] float32 in -1 … 1."""
+    pixels = torch.from_numpy(np.asarray(image, dtype=np.float32).copy())
+    return pixels.div_(127.5).sub_(1).permute(2, 0, 1).unsqueeze(0).contiguous()
+
+
+def to_image(pixels: Tensor) -> Image.Image:
+    """[3, H, W] in -1 … 1 as an RGB picture."""
+    values = pixels.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+    return Image.fromarray(values.permute(1, 2, 0).cpu().numpy())
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, pixels: Tensor, noise: Tensor) -> Tensor:
+    """[B, 3, H, W] pixels to scaled latents [B, 4, H/8, W/8] float32.
+
+    `noise` (shape of the latents, float32) picks the sample of the posterior, so that equal seeds give equal
+    latents.
+    """
+    parameter = next(vae.parameters())
+    posterior = vae.encode(pixels.to(parameter.device, parameter.dtype)).latent_dist
+    sample = posterior.mean.float() + posterior.std.float() * noise.to(parameter.device)
+    return sample * vae.config.scaling_factor
+
+
+@torch.no_grad()
+def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Scaled latents [B, 4, h, w] to pixels [B, 3, 8h, 8w] in about -1 … 1, float32."""
+    parameter = next(vae.parameters())
+    scaled = (latents / vae.config.scaling_factor).to(parameter.device, parameter.dtype)
+    return vae.decode(scaled).sample.float()
+
+
+def latent_shape(vae: AutoencoderKL, width: int, height: int) -> tuple[int, int, int]:
+    """(channels, height, width) of the latents of a picture."""
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    return vae.config.latent_channels, height // factor, width // factor

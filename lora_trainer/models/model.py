@@ -1,0 +1,43 @@
+"""What a run borrows from its host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+
+from lora_trainer.models.families import Family
+from lora_trainer.models.noise import NoiseSchedule
+from lora_trainer.models.text import TextEncoder
+
+
+@dataclass(frozen=True)
+class CheckpointHashes:
+    """`legacy` is A1111's 8 digits of a window of the file, `sha256` of the whole file; None where not known."""
+
+    legacy: str | None = None
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Plain facts. `hashes` may wait for a background thread."""
+
+    name: str
+    family: Family
+    device: torch.device
+    dtype: torch.dtype
+    hashes: Callable[[], CheckpointHashes]
+
+
+@dataclass(frozen=True)
+class Model:
+    """The borrowed model: frozen views that share the host's tensors."""
+
+    unet: UNet2DConditionModel
+    text: TextEncoder
+    vae: AutoencoderKL
+    noise: NoiseSchedule
+    facts: ModelFacts

@@ -1,0 +1,44 @@
+"""The diffusion schedule (DDPM, Ho et al. 2020, arXiv:2006.11239)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Prediction = Literal["epsilon", "v"]
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """`alphas_cumprod`: [T] float32, the share of signal power left at each timestep."""
+
+    alphas_cumprod: Tensor
+    prediction: Prediction
+
+    @property
+    def timesteps(self) -> int:
+        return self.alphas_cumprod.numel()
+
+    def to(self, device: torch.device) -> NoiseSchedule:
+        return NoiseSchedule(self.alphas_cumprod.to(device), self.prediction)
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise, for latents [B, C, H, W] and timesteps [B]."""
+        a = self.alphas_cumprod[t].view(-1, 1, 1, 1).to(x0.dtype)
+        return a.sqrt() * x0 + (1 - a).sqrt() * noise
+
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What the UNet is asked for: the noise, or v (Salimans & Ho 2022, arXiv:2202.00512)."""
+        if self.prediction == "epsilon":
+            return noise
+        a = self.alphas_cumprod[t].view(-1, 1, 1, 1).to(x0.dtype)
+        return a.sqrt() * noise - (1 - a).sqrt() * x0
+
+
+def scaled_linear(start: float, end: float, timesteps: int) -> Tensor:
+    """Stable Diffusion's schedule: betas linear in their square root; [timesteps] float32."""
+    betas = torch.linspace(start**0.5, end**0.5, timesteps, dtype=torch.float64) ** 2
+    return (1 - betas).cumprod(0).float()

@@ -1,0 +1,38 @@
+"""Gradient checkpointing (Chen et al. 2016, arXiv:1604.06174): recompute blocks instead of keeping them.
+
+diffusers' own switch stores the RNG state at each block, which a CUDA graph cannot capture; our dropout does not
+need it, so the blocks' forwards are wrapped here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+BLOCKS = (BasicTransformerBlock, ResnetBlock2D)
+
+
+@contextmanager
+def checkpointed(network: nn.Module) -> Iterator[int]:
+    """Inside, each transformer and resnet block of `network` recomputes its activations; yields their number."""
+    blocks = [module for module in network.modules() if isinstance(module, BLOCKS)]
+    try:
+        for block in blocks:
+            block.forward = partial(_forward, block.forward)
+        yield len(blocks)
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+def _forward(forward, *args, **kwargs):  # noqa: ANN001, ANN002, ANN003, ANN202
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)

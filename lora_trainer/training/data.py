@@ -1,0 +1,74 @@
+"""A config's folders to prepared training and held-out samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_trainer.config import Config
+from lora_trainer.dataset.items import Item, scan
+from lora_trainer.dataset.prepare import Prepared, Sizes, prepare
+from lora_trainer.errors import DataError
+from lora_trainer.events import EventSink, Notice
+from lora_trainer.models.model import Model
+from lora_trainer.training import randomness
+
+
+@dataclass(frozen=True)
+class Items:
+    """Pictures and captions of a run, before anything is encoded."""
+
+    train: tuple[Item, ...]
+    held_out: tuple[Item, ...]
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    train: Prepared
+    held_out: Prepared | None
+
+
+def find(config: Config, sink: EventSink) -> Items:
+    """What the config's folders hold. Raises DataError."""
+    metadata = Path(config.metadata_path) if config.metadata_path else None
+    items = _scan(Path(config.train_data_dir), metadata, config.trigger_words, sink)
+    if config.validation_data_dir:
+        return Items(items, _scan(Path(config.validation_data_dir), None, config.trigger_words, sink))
+    return split(items, config.validation_split, config.seed)
+
+
+def split(items: Sequence[Item], share: float, seed: int) -> Items:
+    """Hold out `share` of the items, chosen by seed and file name, so that adding images moves few of them."""
+    if share == 0:
+        return Items(tuple(items), ())
+    count = max(1, round(share * len(items)))
+    if count >= len(items):
+        raise DataError(f"validation_split: {share:g} of {len(items)} images leaves none to train on")
+    chosen = set(sorted(items, key=lambda item: randomness.key(seed, f"split {item.path.name}"))[:count])
+    return Items(tuple(i for i in items if i not in chosen), tuple(i for i in items if i in chosen))
+
+
+def load(
+    items: Items, config: Config, model: Model, *, sink: EventSink, stop: Callable[[], bool]
+) -> TrainingData:
+    """Encode everything. Raises DataError, Stopped."""
+    sizes = Sizes(config.resolution or model.facts.family.resolution, config.allow_upscaling)
+
+    def noise(purpose: str) -> Callable:
+        return lambda index, shape: randomness.normal(config.seed, purpose, [index], shape)
+
+    train = prepare(items.train, model, sizes, noise=noise("latents"), sink=sink, stop=stop)
+    if not items.held_out:
+        return TrainingData(train, None)
+    held_out = prepare(items.held_out, model, sizes, noise=noise("held-out latents"), sink=sink, stop=stop)
+    return TrainingData(train, held_out)
+
+
+def _scan(folder: Path, metadata: Path | None, trigger_words: str, sink: EventSink) -> tuple[Item, ...]:
+    found = scan(folder, metadata=metadata, trigger_words=trigger_words)
+    for note in found.notes:
+        sink(Notice(text=note))
+    for skipped in found.skipped:
+        sink(Notice(text=f"skipped: {skipped}", level="warning"))
+    return found.items

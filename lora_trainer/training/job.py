@@ -1,0 +1,143 @@
+"""One run's memory between its segments, and what it does in each."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from lora_trainer.config import Config
+from lora_trainer.errors import OutputError
+from lora_trainer.events import EventSink, Notice, Started
+from lora_trainer.hosts.ports import GpuLease
+from lora_trainer.models.model import Model
+from lora_trainer.training import data, schedules, trial
+from lora_trainer.training.boundary import Boundaries, Validation
+from lora_trainer.training.data import Items, TrainingData
+from lora_trainer.training.feed import Feed
+from lora_trainer.training.fit import Loop, Outcome, fit
+from lora_trainer.training.output import Output, Progress
+from lora_trainer.training.precision import resolve
+from lora_trainer.training.results import DivergedError, Results
+from lora_trainer.training.segment import Segment, State, alpha_of, open_segment
+
+
+@dataclass
+class Job:
+    """A run of `config` over `items`. Everything that a segment leaves for the next one is here."""
+
+    config: Config
+    items: Items
+    output: Output
+    sink: EventSink
+    stop: Callable[[], bool]
+    step: int = 0
+    loss: float | None = None
+    published: list[Path] = field(default_factory=list)
+    _data: TrainingData | None = None
+    _state: State | None = None
+
+    def __post_init__(self) -> None:
+        self.validation = Validation(None, self.sink)
+
+    def segment(self, model: Model, lease: GpuLease) -> Outcome:
+        """Borrow → inject → steps, until done, stopped or handed over. Raises UserError, Stopped."""
+        if self._data is None:
+            self._prepare(model)
+        feed = Feed(
+            self._data.train.samples,
+            self.config.batch_size,
+            self.config.gradient_accumulation_steps,
+            self.config.seed,
+            model.noise.timesteps,
+        )
+        steps = self.config.max_train_steps or self.config.epochs * feed.steps_per_epoch
+        with open_segment(self.config, model, self._state) as segment:
+            if self.step == 0:
+                self._begin(segment, steps)
+            outcome = self._fit(segment, self._loop(segment, feed, steps), lease)
+            if outcome is Outcome.HANDED_OVER:
+                self._state = segment.state()
+            else:
+                self._finish(segment, feed)
+        return outcome
+
+    def _prepare(self, model: Model) -> None:
+        notice = resolve(self.config.mixed_precision, model.facts.device)[1]
+        if notice:
+            self.sink(Notice(text=notice))
+        began = time.perf_counter()
+        self._data = data.load(self.items, self.config, model, sink=self.sink, stop=self.stop)
+        self._prepared_in = time.perf_counter() - began
+        self.validation.held_out = self._data.held_out
+
+    def _begin(self, segment: Segment, steps: int) -> None:
+        config, facts = self.config, segment.model.facts
+        self.sink(
+            Started(
+                name=self.output.name,
+                device=str(facts.device),
+                precision=str(segment.network.precision.compute).removeprefix("torch."),
+                images=len(self._data.train.samples),
+                steps=steps,
+                epochs=config.epochs,
+                effective_batch=config.batch_size * config.gradient_accumulation_steps,
+                trainable=segment.trainables.count,
+                total=segment.base_count,
+                modules=len(segment.adapter.layers),
+                scale=alpha_of(config) / config.lora_rank,
+            )
+        )
+        self.validation(segment.network, 0)
+
+    def _loop(self, segment: Segment, feed: Feed, steps: int) -> Loop:
+        config = self.config
+        rate = partial(
+            schedules.learning_rate,
+            config.lr_scheduler,
+            base=config.learning_rate,
+            steps=steps,
+            warmup=config.lr_warmup_steps,
+        )
+        actions = (
+            (config.validate_every, lambda step: self.validation(segment.network, step)),
+            (config.save_steps, lambda step: self._save_between(segment, feed, step)),
+            (config.sample_every, lambda step: self.output.preview(segment, step)),
+        )
+        return Loop(
+            feed=feed,
+            forward_backward=segment.forward_backward,
+            update=segment.update,
+            trainables=segment.trainables,
+            learning_rate=rate,
+            boundary=Boundaries(actions, steps),
+            results=Results(segment.update.result, steps, self.sink, window=feed.steps_per_epoch),
+        )
+
+    def _fit(self, segment: Segment, loop: Loop, lease: GpuLease) -> Outcome:
+        try:
+            outcome, self.step = fit(loop, first_step=self.step, lease=lease, stop=self.stop)
+        except DivergedError:
+            self._save_between(segment, loop.feed, loop.results.step)
+            raise
+        self.loss = loop.results.mean_loss
+        return outcome
+
+    def _save_between(self, segment: Segment, feed: Feed, step: int) -> None:
+        """An intermediate file; a run is not lost because one of them could not be written."""
+        try:
+            self.output.save(segment, self._data, self._progress(feed, step), final=False)
+        except OutputError as error:
+            self.sink(Notice(text=f"step {step} is not saved, training goes on: {error}", level="warning"))
+
+    def _finish(self, segment: Segment, feed: Feed) -> None:
+        if self.step == 0:
+            return
+        self.validation(segment.network, self.step)
+        self.published = self.output.save(segment, self._data, self._progress(feed, self.step), final=True)
+        self.output.preview(segment, self.step)
+
+    def _progress(self, feed: Feed, step: int) -> Progress:
+        return Progress(step=step, steps_per_epoch=feed.steps_per_epoch, loss=self.loss)

@@ -1,0 +1,90 @@
+"""Losses come off the device in batches, so that no step waits for the host."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lora_trainer.errors import UserError
+from lora_trainer.events import EventSink, Notice, StepDone
+
+READ_EVERY_SECONDS = 0.5
+READ_EVERY_STEPS = 64
+MAX_BAD_STEPS = 25
+
+
+class DivergedError(UserError):
+    """Too many updates in a row were not finite."""
+
+
+@dataclass
+class Results:
+    """Collects `source` ((loss, gradient norm, held back) on the device) after each update and reports in batches.
+
+    `epoch` and `learning_rate` are what the host knew when the update was launched.
+    """
+
+    source: Tensor
+    steps: int
+    sink: EventSink
+    loss: float | None = None
+    bad_in_a_row: int = 0
+    _ring: Tensor = field(init=False)
+    _pending: list[tuple[int, int, float]] = field(default_factory=list)
+    _since: float = field(default_factory=time.perf_counter)
+
+    def __post_init__(self) -> None:
+        self._ring = torch.zeros(READ_EVERY_STEPS, *self.source.shape, device=self.source.device)
+
+    def add(self, step: int, epoch: int, learning_rate: float) -> None:
+        """Note update `step` (from 1). Raises DivergedError."""
+        self._ring[len(self._pending)].copy_(self.source)
+        self._pending.append((step, epoch, learning_rate))
+        waited = time.perf_counter() - self._since
+        if waited > READ_EVERY_SECONDS or len(self._pending) == READ_EVERY_STEPS:
+            self.read()
+
+    def read(self) -> None:
+        """Report everything noted so far. Raises DivergedError."""
+        rows = self._ring[: len(self._pending)].tolist()
+        now = time.perf_counter()
+        seconds = (now - self._since) / max(1, len(rows))
+        memory = _reserved(self.source.device)
+        for (step, epoch, rate), (loss, norm, bad) in zip(self._pending, rows, strict=True):
+            self._count(step, bad > 0)
+            self.loss = self.loss if bad else loss
+            self.sink(
+                StepDone(
+                    step=step,
+                    steps=self.steps,
+                    epoch=epoch + 1,
+                    loss=loss,
+                    learning_rate=rate,
+                    grad_norm=norm,
+                    seconds=seconds,
+                    memory=memory,
+                )
+            )
+        self._pending.clear()
+        self._since = now
+
+    def restart_clock(self) -> None:
+        """What came since the last read was no training."""
+        self._since = time.perf_counter()
+
+    def _count(self, step: int, bad: bool) -> None:
+        self.bad_in_a_row = self.bad_in_a_row + 1 if bad else 0
+        if self.bad_in_a_row == 1:
+            self.sink(Notice(text=f"step {step}: loss or gradient not finite, update left out", level="warning"))
+        if self.bad_in_a_row == MAX_BAD_STEPS:
+            raise DivergedError(
+                f"step {step}: {MAX_BAD_STEPS} updates in a row were not finite. What was learned before them is "
+                "kept. Lower learning_rate (a quarter is a good start), or use mixed_precision bf16 or no"
+            )
+
+
+def _reserved(device: torch.device) -> int | None:
+    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None

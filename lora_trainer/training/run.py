@@ -1,0 +1,55 @@
+"""The whole story: one config in, one LoRA out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from lora_trainer.config import Config
+from lora_trainer.dataset.prepare import Stopped
+from lora_trainer.events import EventSink, Finished
+from lora_trainer.hosts.ports import Host
+from lora_trainer.training import data, trial
+from lora_trainer.training.fit import Outcome
+from lora_trainer.training.job import Job
+from lora_trainer.training.output import Output
+from lora_trainer.training.settings import torch_settings
+
+
+def run(
+    config: Config,
+    host: Host,
+    sink: EventSink,
+    *,
+    clock: Callable[[], float] = time.time,
+    stop: Callable[[], bool] = lambda: False,
+) -> Finished:
+    """Train `config` on the host's model and publish the LoRA.
+
+    `clock` dates the file; `stop()` is asked at every step boundary, and what was learned until then is
+    published. Raises UserError.
+    """
+    began = time.perf_counter()
+    items = data.find(config, sink)
+    if config.trial:
+        config, items = trial.shorten(config, items)
+    job = Job(config, items, Output(config, host.store, sink, clock), sink, stop)
+    outcome = Outcome.HANDED_OVER
+    try:
+        with torch_settings(config.cpu_threads), host.lease.hold():
+            while outcome is Outcome.HANDED_OVER:
+                with host.models.borrow() as model:
+                    outcome = job.segment(model, host.lease)
+    except Stopped:
+        outcome = Outcome.STOPPED
+    finished = Finished(
+        state="done" if outcome is Outcome.DONE else "stopped",
+        output=[str(path) for path in job.published],
+        steps=job.step,
+        loss=job.loss,
+        seconds=time.perf_counter() - began,
+        validation_base=job.validation.base,
+        validation_lora=job.validation.lora,
+    )
+    sink(finished)
+    return finished

@@ -1,0 +1,68 @@
+"""The trial run: every stage once on a few images, and what the full run will take."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lora_trainer.config import Config, replace
+from lora_trainer.dataset.items import Item
+from lora_trainer.training.data import Items
+
+IMAGES = 8
+STEPS = 4
+
+
+def shorten(config: Config, items: Items) -> tuple[Config, Items]:
+    """A run of one epoch and at most STEPS updates over at most IMAGES images, evenly picked from all."""
+    short = replace(
+        config,
+        epochs=1,
+        max_train_steps=STEPS,
+        lr_warmup_steps=0,
+        save_steps=0,
+        validate_every=0,
+        sample_every=0,
+        sample_prompts=config.sample_prompts[:1],
+    )
+    return short, Items(_pick(items.train), _pick(items.held_out))
+
+
+def _pick(items: Sequence[Item]) -> tuple[Item, ...]:
+    stride = max(1, math.ceil(len(items) / IMAGES))
+    return tuple(items[::stride])
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds an image for preparing, an update for training, a held-out image for validating."""
+
+    prepare: float
+    step: float
+    validate: float
+
+
+def forecast(config: Config, items: Items, measured: Measured) -> str:
+    """One readable line about the full run of `config` on `items`."""
+    micro_batches = math.ceil(len(items.train) / config.batch_size)
+    steps = config.max_train_steps or config.epochs * math.ceil(micro_batches / config.gradient_accumulation_steps)
+    validations = 2 + (steps // config.validate_every if config.validate_every else 0)
+    prepare = measured.prepare * (len(items.train) + len(items.held_out))
+    validate = measured.validate * len(items.held_out) * validations
+    train = measured.step * steps
+    parts = [f"preparing {duration(prepare)}", f"training {duration(train)}"]
+    if items.held_out:
+        parts.append(f"validating {duration(validate)}")
+    total = duration(prepare + train + validate)
+    return f"trial passed: the full run has {steps} steps and will take about {total} ({', '.join(parts)})"
+
+
+def duration(seconds: float) -> str:
+    """45 s, 3 min 20 s, 2 h 5 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

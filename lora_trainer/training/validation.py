@@ -1,0 +1,56 @@
+"""Held-out loss that can be compared between runs: fixed images, fixed noise, fixed timesteps, no dropout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+
+from lora_trainer.dataset.prepare import Sample
+from lora_trainer.training import randomness
+from lora_trainer.training.step import Batch, Network
+
+TIMESTEPS = 8
+
+
+@dataclass(frozen=True)
+class Validator:
+    """Mean loss over `samples` at TIMESTEPS evenly spaced timesteps, the same draws at every call."""
+
+    samples: Sequence[Sample]
+    batch_size: int = 16
+    # Not the run's seed: runs with different seeds are compared by these numbers.
+    seed: int = 0
+
+    def loss(self, network: Network) -> float:
+        device = network.noise.alphas_cumprod.device
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        with torch.no_grad():
+            for batch in self._batches(network.noise.timesteps):
+                static = batch.like(device)
+                static.copy_(batch)
+                total += network.losses(static).double().sum()
+        return total.item() / (len(self.samples) * TIMESTEPS)
+
+    def _batches(self, timesteps: int) -> Iterator[Batch]:
+        draws = [(index, k) for index in range(len(self.samples)) for k in range(TIMESTEPS)]
+        draws.sort(key=lambda draw: str(self.samples[draw[0]].group))
+        for _, same in groupby(draws, key=lambda draw: self.samples[draw[0]].group):
+            group = list(same)
+            for start in range(0, len(group), self.batch_size):
+                yield self._batch(group[start : start + self.batch_size], timesteps)
+
+    def _batch(self, draws: Sequence[tuple[int, int]], timesteps: int) -> Batch:
+        samples = [self.samples[index] for index, _ in draws]
+        visits = [index * TIMESTEPS + k for index, k in draws]
+        latents = torch.stack([sample.latents for sample in samples])
+        return Batch(
+            latents=latents,
+            eps=randomness.normal(self.seed, "validation", visits, tuple(latents.shape[1:])),
+            t=torch.tensor([int((k + 0.5) * timesteps / TIMESTEPS) for _, k in draws]),
+            context=torch.stack([sample.context for sample in samples]),
+            weight=torch.ones(len(draws)),
+            mask_keys=torch.zeros(len(draws), 2, dtype=torch.int32),
+        )

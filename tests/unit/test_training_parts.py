@@ -1,0 +1,122 @@
+"""The flat buffers, the optimizer, the scaler and the schedules."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from lora_trainer.training.optimizers import AdamWSettings, FlatAdamW
+from lora_trainer.training.precision import LossScaler, resolve
+from lora_trainer.training.schedules import learning_rate
+from lora_trainer.training.trainables import Trainables
+
+CPU = torch.device("cpu")
+
+
+def layers():
+    torch.manual_seed(0)
+    return nn.Linear(5, 3), nn.Linear(3, 7)
+
+
+def flat(first, second):
+    return Trainables({"a": [("first", first, "weight")], "b": [("second", second, "weight")]})
+
+
+def test_parameters_and_gradients_are_views_that_survive_training():
+    first, second = layers()
+    before = first.weight.detach().clone()
+    trainables = flat(first, second)
+    assert torch.equal(first.weight, before)
+    for _ in range(2):
+        second(first(torch.ones(2, 5))).sum().backward()
+        trainables.verify_views()
+    first.weight.grad.zero_()
+    assert trainables.grads[: trainables.groups[0].stop].abs().sum() == 0
+    assert trainables.grads.abs().sum() > 0
+    assert trainables.count == 5 * 3 + 3 * 7
+    first.half()
+    with pytest.raises(RuntimeError, match="first no longer is a view"):
+        trainables.verify_views()
+
+
+def test_state_round_trip():
+    one, other = flat(*layers()), flat(*layers())
+    one.masters.add_(1)
+    other.load_state(one.state())
+    assert all(torch.equal(one.of(one.masters, s), other.of(other.masters, s)) for s in one.slots)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_flat_adamw_is_torchs_adamw(fused):
+    reference, mine = layers(), layers()
+    torch_adamw = torch.optim.AdamW([layer.weight for layer in reference], lr=1e-2, weight_decay=0.1)
+    trainables = flat(*mine)
+    optimizer = FlatAdamW(trainables, AdamWSettings(weight_decay=0.1))
+    if fused and not optimizer.fused:
+        pytest.skip("this torch has no fused AdamW here")
+    optimizer.fused = fused
+    trainables.set_learning_rate(1e-2)
+    for step in range(20):
+        for first, second in (reference, mine):
+            (second(first(torch.full((2, 5), 1.0 + step))).square().mean()).backward()
+        torch_adamw.step()
+        torch_adamw.zero_grad()
+        optimizer.step(trainables, torch.zeros(()))
+        trainables.grads.zero_()
+    for expected, got in zip(reference, mine, strict=True):
+        torch.testing.assert_close(got.weight, expected.weight, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_bad_step_changes_nothing(fused):
+    trainables = flat(*layers())
+    optimizer = FlatAdamW(trainables, AdamWSettings())
+    if fused and not optimizer.fused:
+        pytest.skip("this torch has no fused AdamW here")
+    optimizer.fused = fused
+    trainables.set_learning_rate(1e-2)
+    trainables.grads.fill_(0.5)
+    optimizer.step(trainables, torch.zeros(()))
+    before = {name: value.clone() for name, value in optimizer.state().items()} | {"masters": trainables.masters.clone()}
+    trainables.grads[3] = float("nan")
+    trainables.grads[4] = float("inf")
+    optimizer.step(trainables, torch.ones(()))
+    after = optimizer.state() | {"masters": trainables.masters}
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_loss_scaler_halves_on_bad_and_doubles_after_a_good_run():
+    scaler = LossScaler(CPU, enabled=True)
+    start = scaler.scale.item()
+    scaler.update(torch.ones(()))
+    assert scaler.scale.item() == start / 2
+    for _ in range(LossScaler.INTERVAL):
+        scaler.update(torch.zeros(()))
+    assert scaler.scale.item() == start
+    off = LossScaler(CPU, enabled=False)
+    off.update(torch.ones(()))
+    assert off.scale.item() == 1
+
+
+def test_fp16_on_a_cpu_is_said():
+    precision, notice = resolve("fp16", CPU)
+    assert precision.compute == torch.float32
+    assert "fp16" in notice
+    assert resolve("bf16", CPU) == (type(precision)(CPU, torch.bfloat16), None)
+
+
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine"])
+def test_schedules_are_diffusers(name):
+    from diffusers.optimization import get_scheduler
+
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3)
+    their_name = "constant_with_warmup" if name == "constant" else name
+    theirs = get_scheduler(their_name, optimizer, num_warmup_steps=10, num_training_steps=50)
+    for step in range(50):
+        mine = learning_rate(name, step, base=0.3, steps=50, warmup=10)
+        assert math.isclose(mine, theirs.get_last_lr()[0], abs_tol=1e-9)
+        optimizer.step()
+        theirs.step()
