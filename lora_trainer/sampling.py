@@ -82,3 +82,45 @@ def _contexts(model: Model, prompts: Sequence[str]) -> Tensor:
 def _betas(alphas_cumprod: Tensor) -> list[float]:
     before = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
     return (1 - alphas_cumprod / before).tolist()
+
+
+def apply_lora(model: Model, path: Path) -> Adapter:
+    """Put the LoRA of `path` on `model`'s UNet. Raises ModelError when it does not fit."""
+    lora = read_lora(path)
+    matched, unmatched = match(lora, model.unet, UNET_PREFIX)
+    if unmatched:
+        raise ModelError(
+            f"{path}: {len(unmatched)} of its {len(matched) + len(unmatched)} modules have no place in the UNet of "
+            f"{model.facts.name}, for example {unmatched[0]}"
+        )
+    return inject_factors(model.unet, matched)
+
+
+def sample_command(base: Path, lora: Path, prompts: Sequence[str], *, options: SampleOptions) -> list[Path]:
+    """Draw each prompt without and with the LoRA, side by side; returns the written pictures.
+
+    Raises ModelError, OutputError.
+    """
+    device = device_of("auto")
+    precision, _ = resolve("fp16", device)
+    model = open_model(base, device, precision.compute)
+    size = options.size or model.facts.family.resolution
+    recipe = Recipe((size, size), options.steps, options.guidance, options.negative, options.seed)
+    plain = generate(model, prompts, recipe, precision)
+    with apply_lora(model, lora).weight(options.weight):
+        styled = generate(model, prompts, recipe, precision)
+    rows = [("base", plain), (f"{lora.stem[:12]}\nat {options.weight:g}", styled)]
+    written = []
+    for index, (before, after) in enumerate(zip(plain, styled, strict=True), start=1):
+        for name, picture in (("base", before), ("lora", after)):
+            written.append(save_picture(picture, Path(options.out) / f"{index:03}-{name}.png"))
+    written.append(save_picture(contact_sheet(rows, prompts), Path(options.out) / "sheet.png"))
+    return written
+
+
+def save_picture(picture: Image.Image, path: Path) -> Path:
+    """Write a PNG whole. Raises OutputError."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    publish(buffer.getvalue(), path)
+    return path

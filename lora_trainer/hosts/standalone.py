@@ -86,6 +86,12 @@ def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
+def open_model(path: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> Model:
+    """The model of a checkpoint file, for pictures and measurements. Raises ModelError."""
+    family, state = place(path, device, dtype)
+    return model_of(state, family, path, device=device, hashes=CheckpointHashes)
+
+
 @dataclass
 class FileModels:
     """The model of one checkpoint file, placed at the first borrow and kept."""

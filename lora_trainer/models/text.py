@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizerFast
 
 CHUNK = 75
 TOKENIZER_FOLDER = Path(__file__).parent / "clip"
@@ -22,7 +22,7 @@ class Tokenizer:
     """CLIP's byte-pair tokenizer with SD1's padding (end-of-text)."""
 
     def __init__(self, folder: Path = TOKENIZER_FOLDER) -> None:
-        self._clip = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+        self._clip = CLIPTokenizerFast.from_pretrained(str(folder), local_files_only=True)
         self.begin, self.end = self._clip.bos_token_id, self._clip.eos_token_id
 
     def __call__(self, caption: str) -> Tensor:

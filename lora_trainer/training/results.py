@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from dataclasses import dataclass, field
 
 import torch
@@ -24,20 +25,27 @@ class DivergedError(UserError):
 class Results:
     """Collects `source` ((loss, gradient norm, held back) on the device) after each update and reports in batches.
 
-    `epoch` and `learning_rate` are what the host knew when the update was launched.
+    `step` is the last update reported; `mean_loss` is over the last `window` good ones.
     """
 
     source: Tensor
     steps: int
     sink: EventSink
-    loss: float | None = None
+    window: int
+    step: int = 0
     bad_in_a_row: int = 0
+    _losses: deque[float] = field(init=False)
     _ring: Tensor = field(init=False)
     _pending: list[tuple[int, int, float]] = field(default_factory=list)
     _since: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
+        self._losses = deque(maxlen=self.window)
         self._ring = torch.zeros(READ_EVERY_STEPS, *self.source.shape, device=self.source.device)
+
+    @property
+    def mean_loss(self) -> float | None:
+        return sum(self._losses) / len(self._losses) if self._losses else None
 
     def add(self, step: int, epoch: int, learning_rate: float) -> None:
         """Note update `step` (from 1). Raises DivergedError."""
@@ -55,7 +63,9 @@ class Results:
         memory = _reserved(self.source.device)
         for (step, epoch, rate), (loss, norm, bad) in zip(self._pending, rows, strict=True):
             self._count(step, bad > 0)
-            self.loss = self.loss if bad else loss
+            self.step = step
+            if not bad:
+                self._losses.append(loss)
             self.sink(
                 StepDone(
                     step=step,

@@ -39,6 +39,11 @@ class Segment:
     forward_backward: ForwardBackward
     update: Update
 
+    @property
+    def base_count(self) -> int:
+        """Scalars of the frozen network."""
+        return sum(parameter.numel() for parameter in self.model.unet.parameters()) - self.trainables.count
+
     def state(self) -> State:
         """A copy of everything that training has changed."""
         return {

@@ -1,0 +1,155 @@
+"""The command line: a thin skin over config, training and inspection.
+
+Exit codes: 0 done, 1 failure, 2 bad settings or data, 130 stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from lora_trainer import __version__
+from lora_trainer.config import Config, build
+from lora_trainer.config.export import table
+from lora_trainer.config.sample_options import SampleOptions
+from lora_trainer.config.sources import parse_overrides, read_file
+from lora_trainer.errors import UserError
+from lora_trainer.events import Finished
+from lora_trainer.logs import TerminalLog
+
+DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and arguments.command is not _train:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        return arguments.command(arguments, [*getattr(arguments, "overrides", []), *rest])
+    except UserError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return STOPPED
+    except Exception as error:
+        print(f"failed: {type(error).__name__}: {error} ({_report(error, arguments.debug)})", file=sys.stderr)
+        return FAILED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lora-trainer", description="Train a LoRA from a folder of pictures.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"lora-trainer {__version__}")
+    parser.add_argument("--debug", action="store_true", help="print tracebacks")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, command: object, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        sub.set_defaults(command=command)
+        return sub
+
+    train = add("train", _train, "Train a LoRA. Options of the config go as key=value or --key value.")
+    train.add_argument("--config", type=Path, help="a .yaml or .json file, or a LoRA whose run is repeated")
+    train.add_argument("--json", action="store_true", help="end with one line of JSON on standard output")
+    demo = add("demo", _demo, "Train on the bundled pictures and draw what changed.")
+    demo.add_argument("--out", type=Path, default=Path("demo-output"))
+    demo.add_argument("--json", action="store_true", help="end with one line of JSON on standard output")
+    inspect = add("inspect", _inspect, "Say what a LoRA file is, how it was trained, and its norms.")
+    inspect.add_argument("file", type=Path)
+    inspect.add_argument("--json", action="store_true")
+    sample = add("sample", _sample, "Draw prompts without and with a LoRA, side by side.")
+    sample.add_argument("--base", type=Path, required=True)
+    sample.add_argument("--lora", type=Path, required=True)
+    sample.add_argument("--prompt", action="append", required=True, help="may be given more than once")
+    _add_sample_options(sample)
+    add("options", _options, "Print the table of options.")
+    return parser
+
+
+def _add_sample_options(sample: argparse.ArgumentParser) -> None:
+    defaults = SampleOptions()
+    for name, kind in (("weight", float), ("out", str), ("seed", int), ("steps", int), ("guidance", float)):
+        sample.add_argument(f"--{name}", type=kind, default=getattr(defaults, name))
+    sample.add_argument("--size", type=int, default=None)
+    sample.add_argument("--negative", default=defaults.negative)
+
+
+def config_of(path: Path | None, overrides: Sequence[str]) -> Config:
+    """The config of a file (or none) and command-line overrides. Raises ConfigError."""
+    return build(read_file(path) if path else {}, parse_overrides(overrides))
+
+
+def _train(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    config = config_of(arguments.config, overrides)
+    from lora_trainer.hosts.standalone import train
+
+    return _finish(train(config, TerminalLog()), arguments.json)
+
+
+def _demo(arguments: argparse.Namespace, _: Sequence[str]) -> int:
+    from lora_trainer.demo import run_demo
+
+    return _finish(run_demo(arguments.out, TerminalLog()), arguments.json)
+
+
+def _inspect(arguments: argparse.Namespace, _: Sequence[str]) -> int:
+    from lora_trainer.adapters.inspect import describe
+
+    report = describe(arguments.file)
+    print(report.to_json() if arguments.json else "\n".join(report.lines()))
+    return DONE
+
+
+def _sample(arguments: argparse.Namespace, _: Sequence[str]) -> int:
+    from lora_trainer.sampling import sample_command
+
+    names = SampleOptions.__struct_fields__
+    options = SampleOptions(**{name: getattr(arguments, name) for name in names})
+    for path in sample_command(arguments.base, arguments.lora, arguments.prompt, options=options):
+        print(path)
+    return DONE
+
+
+def _options(arguments: argparse.Namespace, _: Sequence[str]) -> int:
+    print(table(), end="")
+    return DONE
+
+
+def _finish(finished: Finished, as_json: bool) -> int:
+    validation = None
+    if finished.validation_base is not None:
+        validation = {"base": finished.validation_base, "lora": finished.validation_lora}
+    result = {
+        "state": finished.state,
+        "output": finished.output,
+        "steps": finished.steps,
+        "loss": finished.loss,
+        "validation": validation,
+        "seconds": round(finished.seconds, 3),
+    }
+    if as_json:
+        print(json.dumps(result, ensure_ascii=False))
+    return STOPPED if finished.state == "stopped" else DONE
+
+
+def _report(error: Exception, debug: bool) -> str:
+    """Where the traceback went."""
+    text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    if debug:
+        print(text, file=sys.stderr)
+        return "traceback above"
+    with tempfile.NamedTemporaryFile("w", prefix="lora-trainer-", suffix=".log", delete=False, encoding="utf-8") as file:
+        file.write(text)
+    return f"traceback in {file.name}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

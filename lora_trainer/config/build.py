@@ -1,0 +1,54 @@
+"""Sources to one checked Config."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from lora_trainer.config.convert import Problem, convert, unknown
+from lora_trainer.config.options import options
+from lora_trainer.config.rules import FORBIDDEN, MAX_NAME_BYTES, problems
+from lora_trainer.config.schema import Config
+from lora_trainer.errors import ConfigError
+
+
+def build(*sources: Mapping[str, object]) -> Config:
+    """The config of `sources`, of which later ones win. Raises ConfigError with every problem at once."""
+    merged = {key: value for source in sources for key, value in source.items()}
+    found = [unknown(key) for key in merged if key not in options()]
+    values: dict[str, Any] = {}
+    for key, option in options().items():
+        if key not in merged:
+            if option.required:
+                found.append(f"{key}: missing; add {key}=… ({option.help.rstrip('.')})")
+            continue
+        try:
+            values[key] = convert(option, merged[key])
+        except Problem as problem:
+            found.append(str(problem))
+    if not found:
+        config = Config(**values)
+        found = problems(config)
+    if found:
+        raise ConfigError(found)
+    return config
+
+
+def replace(config: Config, **changes: object) -> Config:
+    """`config` with `changes`, checked anew. Raises ConfigError."""
+    return build(msgspec.structs.asdict(config), changes)
+
+
+def output_name_of(config: Config) -> str:
+    """The LoRA's name: the one given, else a readable one such as `style-train-r8-e10`."""
+    if config.output_name is not None:
+        return config.output_name
+    folder = FORBIDDEN.sub("", Path(config.train_data_dir).resolve().name)
+    slug = re.sub(r"[\s_]+", "-", folder).strip("-. ") or "lora"
+    length = f"s{config.max_train_steps}" if config.max_train_steps else f"e{config.epochs}"
+    kept = slug.encode()[: MAX_NAME_BYTES - 30].decode(errors="ignore")
+    return f"{kept}-r{config.lora_rank}-{length}"

@@ -1,0 +1,85 @@
+"""One value of a source to one field's type, or a problem in words."""
+
+from __future__ import annotations
+
+import math
+from difflib import get_close_matches
+from typing import Any, Literal
+
+import msgspec
+
+from lora_trainer.config.options import Option, options
+
+_TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")
+
+
+class Problem(ValueError):  # noqa: N818 (the caller collects them)
+    """One line about one key."""
+
+
+def convert(option: Option, value: object) -> Any:
+    """`value` as the option's type. Raises Problem, which names key, expectation and value."""
+    try:
+        prepared = _prepare(option, value)
+        result = msgspec.convert(prepared, option.type, strict=False)
+    except (msgspec.ValidationError, ValueError):
+        found = "nothing" if value is None else repr(value)
+        raise Problem(f"{option.key}: expected {option.expected}, found {found}") from None
+    if isinstance(result, float) and not math.isfinite(result):
+        raise Problem(f"{option.key}: expected {option.expected}, found {value!r}")
+    return result
+
+
+def unknown(key: str) -> str:
+    """The problem of a key that does not exist."""
+    near = get_close_matches(key, options(), n=1, cutoff=0.6)
+    hint = f"; did you mean {near[0]}?" if near else "; `lora-trainer options` lists all"
+    return f"{key}: no such option{hint}"
+
+
+def _prepare(option: Option, value: object) -> object:
+    """What YAML and the shell blur, by the field's type. Raises ValueError."""
+    if value is None:
+        return None
+    if option.kind is Literal:
+        # YAML reads a bare `no` as False.
+        return "no" if value is False and "no" in option.choices else value
+    if option.kind is bool:
+        return _boolean(value)
+    if isinstance(value, bool):
+        raise ValueError
+    if option.kind is list:
+        return [_text(v) for v in value] if isinstance(value, (list, tuple)) else [_text(value)]
+    if option.kind is str:
+        return _text(value)
+    if option.kind is int:
+        return _whole(value)
+    return float(value) if isinstance(value, (str, int, float)) else value
+
+
+def _boolean(value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    word = value.strip().lower() if isinstance(value, str) else None
+    if word in _TRUE or word in _FALSE:
+        return word in _TRUE
+    raise ValueError
+
+
+def _whole(value: object) -> int:
+    if isinstance(value, str):
+        try:
+            return int(value)
+        except ValueError:
+            value = float(value)
+    if isinstance(value, float) and math.isfinite(value) and value == int(value):
+        return int(value)
+    if isinstance(value, int):
+        return value
+    raise ValueError
+
+
+def _text(value: object) -> str:
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise ValueError
+    return str(value)

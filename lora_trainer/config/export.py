@@ -1,0 +1,96 @@
+"""A config's ways out: the file header, the YAML beside the output, the template and the table of options."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import yaml
+
+from lora_trainer.config.options import Option, options
+from lora_trainer.config.schema import GROUPS, Config
+
+PATHS = ("base_model", "train_data_dir", "metadata_path", "validation_data_dir", "output_dir")
+PRIVATE = ("sample_prompts", "sample_negative_prompt")
+TABLE_START, TABLE_END = "<!-- options:start -->", "<!-- options:end -->"
+
+
+def to_yaml(config: Config) -> str:
+    """The whole config; reading it back gives an equal one."""
+    return yaml.safe_dump(msgspec.structs.asdict(config), sort_keys=False, allow_unicode=True)
+
+
+def to_header(config: Config) -> str:
+    """JSON for the file's header: absolute paths and previews are left out unless `metadata_private`."""
+    values = msgspec.structs.asdict(config)
+    if not config.metadata_private:
+        values = {key: value for key, value in values.items() if key not in PRIVATE and not _reveals(key, value)}
+        if "sample_prompts" not in values:
+            values.pop("sample_every")
+    return json.dumps(values, ensure_ascii=False, sort_keys=True)
+
+
+def _reveals(key: str, value: object) -> bool:
+    """Absolute paths, and those that climb out of the current folder, say where somebody keeps things."""
+    if key not in PATHS or not isinstance(value, str):
+        return False
+    return value[:1] in "/\\~" or value[1:2] == ":" or ".." in value.replace("\\", "/").split("/")
+
+
+def template() -> str:
+    """configs/lora_default.yaml: every option with its default, help and bounds."""
+    lines = ["# Every option of LoRA Trainer with its default. Made from the declaration: do not edit.", ""]
+    for group in GROUPS:
+        lines += [f"# --- {group} ---", ""]
+        for option in _of(group):
+            lines += [f"# {option.help}", f"# Values: {option.expected}."]
+            lines += [_template_line(option), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def table() -> str:
+    """The options as Markdown."""
+    lines = []
+    for group in GROUPS:
+        lines += [f"**{group}**", "", "| key | what it does | values | default |", "|---|---|---|---|"]
+        lines += [f"| `{o.key}` | {o.help} | {o.expected} | {_default(o)} |" for o in _of(group)]
+        lines.append("")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def with_table(readme: str) -> str:
+    """A README with the table of options between its markers."""
+    before, _, rest = readme.partition(TABLE_START)
+    _, _, after = rest.partition(TABLE_END)
+    return f"{before}{TABLE_START}\n{table()}{TABLE_END}{after}"
+
+
+def _of(group: str) -> Iterator[Option]:
+    return (option for option in options().values() if option.group == group)
+
+
+def _template_line(option: Option) -> str:
+    if option.required:
+        example = {"base_model": "./models/Stable-diffusion/v1-5-pruned.safetensors"}
+        return f'{option.key}: "{example.get(option.key, "./data/style_train")}"'
+    if option.default is None:
+        return f"# {option.key}:"
+    return f"{option.key}: {json.dumps(option.default)}"
+
+
+def _default(option: Option) -> str:
+    if option.required:
+        return "required"
+    if option.default is None:
+        return ""
+    return f"`{json.dumps(option.default)}`"
+
+
+if __name__ == "__main__":
+    root = Path(sys.argv[1] if len(sys.argv) > 1 else ".")
+    (root / "configs" / "lora_default.yaml").write_text(template(), encoding="utf-8")
+    readme = root / "README.md"
+    readme.write_text(with_table(readme.read_text(encoding="utf-8")), encoding="utf-8")

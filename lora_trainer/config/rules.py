@@ -1,0 +1,58 @@
+"""Rules between fields: each looks at a whole config and returns problems."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from lora_trainer.config.schema import Config
+
+# The WebUI's prompt syntax cannot name a LoRA with these, and file systems refuse the rest.
+FORBIDDEN = re.compile(r'[:<>,/\\|?*"\x00-\x1f\x7f]')
+RESERVED = {"none", "addams", "con", "prn", "aux", "nul"} | {f"{d}{n}" for d in ("com", "lpt") for n in range(1, 10)}
+MAX_NAME_BYTES = 150
+
+
+def problems(config: Config) -> list[str]:
+    return [problem for rule in RULES for problem in rule(config)]
+
+
+def _validation(config: Config) -> Iterator[str]:
+    if config.validation_data_dir and config.validation_split:
+        yield "validation_split: expected 0 together with validation_data_dir, found " + str(config.validation_split)
+    if config.validate_every and not (config.validation_data_dir or config.validation_split):
+        yield "validate_every: expected validation_data_dir or validation_split beside it, found neither"
+
+
+def _previews(config: Config) -> Iterator[str]:
+    if config.sample_every and not config.sample_prompts:
+        yield "sample_every: expected sample_prompts beside it, found none"
+
+
+def _warmup(config: Config) -> Iterator[str]:
+    if config.max_train_steps is not None and config.lr_warmup_steps >= config.max_train_steps:
+        yield (
+            f"lr_warmup_steps: expected fewer than max_train_steps ({config.max_train_steps}), "
+            f"found {config.lr_warmup_steps}"
+        )
+
+
+def _paths(config: Config) -> Iterator[str]:
+    for key in ("base_model", "train_data_dir", "output_dir"):
+        if not getattr(config, key).strip():
+            yield f"{key}: expected a path, found nothing"
+
+
+def _name(config: Config) -> Iterator[str]:
+    name = config.output_name
+    if name is None:
+        return
+    if FORBIDDEN.search(name):
+        yield f'output_name: expected a name without : < > , / \\ | ? * " and control characters, found {name!r}'
+    if name.split(".")[0].strip().lower() in RESERVED or not name.strip(" .") or name != name.strip(" ."):
+        yield f"output_name: expected a name that the WebUI and Windows allow, found {name!r}"
+    if len(name.encode()) > MAX_NAME_BYTES:
+        yield f"output_name: expected at most {MAX_NAME_BYTES} bytes, found {len(name.encode())}"
+
+
+RULES = (_paths, _validation, _previews, _warmup, _name)

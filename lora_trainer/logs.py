@@ -1,0 +1,174 @@
+"""Event sinks: the terminal, CSV files, TensorBoard."""
+
+from __future__ import annotations
+
+import csv
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from tqdm import tqdm
+
+from lora_trainer.errors import ConfigError, OutputError
+from lora_trainer.events import AnyEvent, EventSink, Finished, Notice, Progress, Saved, Started, StepDone, Validated
+
+GIB = 1024**3
+PLAIN_EVERY_SECONDS = 5.0
+
+
+@contextmanager
+def fan_out(*sinks: EventSink) -> Iterator[EventSink]:
+    """One sink that tells all of `sinks`; those that have a `close` are closed on exit."""
+    try:
+        yield lambda event: [sink(event) for sink in sinks]
+    finally:
+        for sink in sinks:
+            getattr(sink, "close", lambda: None)()
+
+
+class CsvLog:
+    """`steps.csv` and `validation.csv` in `folder`, a line as it happens. Raises OutputError."""
+
+    STEPS = ("step", "epoch", "loss", "learning_rate", "grad_norm", "seconds")
+    VALIDATION = ("step", "base", "lora")
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files: dict[str, TextIO] = {}
+
+    def __call__(self, event: AnyEvent) -> None:
+        if isinstance(event, StepDone):
+            self._write("steps.csv", self.STEPS, event)
+        elif isinstance(event, Validated):
+            self._write("validation.csv", self.VALIDATION, event)
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def _write(self, name: str, fields: tuple[str, ...], event: AnyEvent) -> None:
+        try:
+            if name not in self._files:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._files[name] = (self.folder / name).open("w", newline="", encoding="utf-8", buffering=1)
+                csv.writer(self._files[name]).writerow(fields)
+            csv.writer(self._files[name]).writerow([getattr(event, field) for field in fields])
+        except OSError as error:
+            raise OutputError(f"{self.folder / name}: cannot be written: {error.strerror}") from error
+
+
+class TensorBoardLog:
+    """Loss, learning rate, gradient norm and held-out loss as TensorBoard scalars in `folder`.
+
+    Raises ConfigError when TensorBoard is not installed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ConfigError(
+                ["log_with: tensorboard is not installed; `pip install tensorboard`, or log_with=csv"]
+            ) from None
+        self._writer = SummaryWriter(str(folder))
+
+    def __call__(self, event: AnyEvent) -> None:
+        if isinstance(event, StepDone):
+            for name in ("loss", "learning_rate", "grad_norm"):
+                self._writer.add_scalar(f"train/{name}", getattr(event, name), event.step)
+        elif isinstance(event, Validated):
+            self._writer.add_scalar("validation/loss", event.lora, event.step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class TerminalLog:
+    """A progress bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, stream: TextIO = sys.stderr, clock: Callable[[], float] = time.monotonic) -> None:
+        self.stream, self.clock = stream, clock
+        self._bar: tqdm | None = None
+        self._stage = ""
+        self._printed = float("-inf")
+        self._last: StepDone | None = None
+
+    def __call__(self, event: AnyEvent) -> None:
+        if isinstance(event, StepDone):
+            self._step(event)
+        elif isinstance(event, Progress):
+            self._progress(event)
+        else:
+            for line in _lines(event):
+                self._say(line)
+        if isinstance(event, Finished):
+            self.close()
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _step(self, event: StepDone) -> None:
+        numbers = {"loss": f"{event.loss:.4f}", "lr": f"{event.learning_rate:.2g}"}
+        if event.memory is not None:
+            numbers["memory"] = f"{event.memory / GIB:.1f} GiB"
+        if self.stream.isatty():
+            bar = self._bar_of("training", event.steps)
+            bar.set_postfix(numbers, refresh=False)
+            bar.update(event.step - bar.n)
+            return
+        if event.step == event.steps or self.clock() - self._printed >= PLAIN_EVERY_SECONDS:
+            left = _duration(event.seconds * (event.steps - event.step))
+            rest = ", ".join(f"{name} {value}" for name, value in numbers.items())
+            self._say(f"step {event.step}/{event.steps}, {1 / max(event.seconds, 1e-9):.2f} steps/s, {left} left, {rest}")
+
+    def _progress(self, event: Progress) -> None:
+        if self.stream.isatty():
+            bar = self._bar_of(event.stage, event.total)
+            bar.update(event.done - bar.n)
+        elif event.done == event.total or self.clock() - self._printed >= PLAIN_EVERY_SECONDS:
+            self._say(f"{event.stage}: {event.done}/{event.total}")
+
+    def _bar_of(self, stage: str, total: int) -> tqdm:
+        if self._bar is None or self._stage != stage:
+            self.close()
+            self._stage = stage
+            self._bar = tqdm(total=total, desc=stage, file=self.stream, dynamic_ncols=True)
+        return self._bar
+
+    def _say(self, line: str) -> None:
+        self._printed = self.clock()
+        if self._bar is not None:
+            self._bar.write(line, file=self.stream)
+        else:
+            print(line, file=self.stream, flush=True)
+
+
+def _lines(event: AnyEvent) -> Iterator[str]:
+    if isinstance(event, Notice):
+        yield ("warning: " if event.level == "warning" else "") + event.text
+    elif isinstance(event, Started):
+        yield (
+            f"{event.name}: {event.images} images, {event.steps} steps over {event.epochs} epochs, "
+            f"effective batch {event.effective_batch}, on {event.device} in {event.precision}"
+        )
+        yield (
+            f"{event.trainable:,} of {event.total:,} parameters train ({event.trainable / event.total:.2%}, "
+            f"{event.modules} modules), LoRA scale {event.scale:g}"
+        )
+    elif isinstance(event, Validated):
+        change = f", {event.lora / event.base - 1:+.1%} against the base" if event.step else " (the base)"
+        yield f"step {event.step}: held-out loss {event.lora:.4f}{change}"
+    elif isinstance(event, Saved):
+        yield f"saved {event.path}"
+    elif isinstance(event, Finished):
+        yield f"{event.state} after {event.steps} steps, {_duration(event.seconds)}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"

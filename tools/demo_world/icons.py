@@ -1,0 +1,100 @@
+"""Icon sets of the npm registry to pictures and captions.
+
+usage: python icons.py FOLDER OUT.npz
+
+FOLDER holds one unpacked npm package a set (`npm pack @iconify-json/noto`, unpacked as FOLDER/noto/package/…).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import resvg_py
+from PIL import Image
+
+SIZE = 128
+MARGIN = 0.04
+# npm package -> the word that captions use for the style
+BASE_STYLES = {"noto": "noto", "fluent-emoji-flat": "fluent", "emojione": "emojione"}
+LORA_STYLE = {"twemoji": "twemoji"}
+
+# Signs, clocks and people's variants say nothing about a drawing style, and there are very many of them.
+_LEFT_OUT = re.compile(
+    r"\d|middle-finger|button|oclock|thirty|flag|arrow|keycap|skin-tone|-tone|regional|family|input-|japanese|"
+    r"^(man|woman|men|women|person|people|boy|girl)\b|"
+    r"^(aries|taurus|gemini|cancer|leo|virgo|libra|scorpio|sagittarius|capricorn|aquarius|pisces|ophiuchus)$|"
+    r"^(copyright|registered|trade-mark|information|minus|plus|divide|multiply|infinity|wavy-dash|curly-loop|"
+    r"double-.*|heavy-.*|part-alternation.*|recycling.*|trident.*|check-.*|cross-.*|white-.*|black-.*)$"
+)
+_BOX = {"left": 0, "top": 0, "width": 16, "height": 16}
+
+
+def icons(folder: Path, package: str) -> dict[str, str]:
+    """Icon name -> SVG of one set (iconify's JSON: a body, and a box whose defaults the set may override)."""
+    data = json.loads((folder / package / "package" / "icons.json").read_text(encoding="utf-8"))
+    found = {}
+    for name, icon in data["icons"].items():
+        if icon.get("hidden") or _LEFT_OUT.search(name):
+            continue
+        box = " ".join(str(icon.get(key, data.get(key, default))) for key, default in _BOX.items())
+        found[name] = (
+            '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+            f'viewBox="{box}">{icon["body"]}</svg>'
+        )
+    return found
+
+
+def render(svg: str) -> Image.Image:
+    """A picture of SIZE × SIZE on white, the icon with a small margin."""
+    inner = round(SIZE * (1 - 2 * MARGIN))
+    drawn = Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, width=inner, height=inner))))
+    picture = Image.new("RGB", (SIZE, SIZE), "white")
+    picture.paste(drawn, ((SIZE - drawn.width) // 2, (SIZE - drawn.height) // 2), drawn.convert("RGBA"))
+    return picture
+
+
+def subjects(folder: Path) -> list[str]:
+    """Icon names of at most two words that all four sets have."""
+    sets = [set(icons(folder, package)) for package in (*BASE_STYLES, *LORA_STYLE)]
+    return sorted(name for name in set.intersection(*sets) if name.count("-") <= 1)
+
+
+def caption(style: str, name: str) -> str:
+    return f"{style} emoji of {name.replace('-', ' ')}"
+
+
+def main(folder: Path, out: Path) -> None:
+    """Everything the pretraining needs.
+
+    `pictures` [N, 128, 128, 3] uint8 with `names`, `styles` and whether `shared` (the UNet trains on those; the VAE
+    also on half of the rest), and `unseen`: the shared subjects in the style kept for the LoRA, only to measure with.
+    """
+    shared = subjects(folder)
+    rows = []
+    for package, style in BASE_STYLES.items():
+        found = icons(folder, package)
+        rows += [(style, name, found[name]) for name in sorted(found) if name in shared or _half(name)]
+    unseen = icons(folder, "twemoji")
+    np.savez_compressed(
+        out,
+        pictures=np.stack([np.asarray(render(svg)) for _, _, svg in rows]),
+        names=np.array([name for _, name, _ in rows]),
+        styles=np.array([style for style, _, _ in rows]),
+        shared=np.array([name in shared for _, name, _ in rows]),
+        unseen=np.stack([np.asarray(render(unseen[name])) for name in shared]),
+    )
+    print(f"{len(shared)} shared subjects, {len(rows)} pictures")
+
+
+def _half(name: str) -> bool:
+    return hashlib.sha256(name.encode()).digest()[0] < 128
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
