@@ -46,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="lora-trainer", description="Train a LoRA from a folder of pictures.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="lora-trainer", description="Train a LoRA from a folder of pictures.", allow_abbrev=False
+    )
     parser.add_argument("--version", action="version", version=f"lora-trainer {__version__}")
     parser.add_argument("--debug", action="store_true", help="print tracebacks")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -109,7 +111,7 @@ def _inspect(arguments: argparse.Namespace, _: Sequence[str]) -> int:
 
 
 def _sample(arguments: argparse.Namespace, _: Sequence[str]) -> int:
-    from lora_trainer.sampling import sample_command
+    from lora_trainer.draw import sample_command
 
     names = SampleOptions.__struct_fields__
     options = SampleOptions(**{name: getattr(arguments, name) for name in names})
@@ -146,7 +148,9 @@ def _report(error: Exception, debug: bool) -> str:
     if debug:
         print(text, file=sys.stderr)
         return "traceback above"
-    with tempfile.NamedTemporaryFile("w", prefix="lora-trainer-", suffix=".log", delete=False, encoding="utf-8") as file:
+    with tempfile.NamedTemporaryFile(
+        "w", prefix="lora-trainer-", suffix=".log", delete=False, encoding="utf-8"
+    ) as file:
         file.write(text)
     return f"traceback in {file.name}"
 

@@ -15,6 +15,7 @@ from lora_trainer.config import Config, build
 from lora_trainer.config.sources import read_file
 from lora_trainer.dataset.images import load_image
 from lora_trainer.dataset.prepare import Sample
+from lora_trainer.draw import save_picture
 from lora_trainer.errors import DataError
 from lora_trainer.events import EventSink, Finished, Progress, Saved
 from lora_trainer.hosts.standalone import device_of, open_model, train
@@ -71,7 +72,7 @@ def run_demo(out: Path, sink: EventSink) -> Finished:
         return finished
     evidence, sheet = prove(config, Path(finished.output[0]), finished.seconds, sink)
     lines = report(evidence, finished)
-    sheet.save(out / "sheet.png")
+    save_picture(sheet, out / "sheet.png")
     publish(("\n".join(lines) + "\n").encode(), out / "report.md")
     publish(json.dumps(asdict(evidence) | {"gain": evidence.gain}, indent=2).encode(), out / "report.json")
     for name, kind in (("sheet.png", "sample"), ("report.md", "report")):

@@ -124,7 +124,9 @@ class TerminalLog:
         if event.step == event.steps or self.clock() - self._printed >= PLAIN_EVERY_SECONDS:
             left = _duration(event.seconds * (event.steps - event.step))
             rest = ", ".join(f"{name} {value}" for name, value in numbers.items())
-            self._say(f"step {event.step}/{event.steps}, {1 / max(event.seconds, 1e-9):.2f} steps/s, {left} left, {rest}")
+            self._say(
+                f"step {event.step}/{event.steps}, {1 / max(event.seconds, 1e-9):.2f} steps/s, {left} left, {rest}"
+            )
 
     def _progress(self, event: Progress) -> None:
         if self.stream.isatty():

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler
 from PIL import Image
 from torch import Tensor
 
+from lora_trainer.adapters.inject import Adapter, inject_factors
+from lora_trainer.adapters.load import match, read_lora
+from lora_trainer.errors import ModelError
 from lora_trainer.models.latents import decode, latent_shape, to_image
 from lora_trainer.models.model import Model
 from lora_trainer.models.noise import NoiseSchedule
@@ -61,9 +65,9 @@ def _generate(model: Model, prompt: str, recipe: Recipe, precision: Precision) -
     x = start(recipe, latent_shape(model.vae, *recipe.size)).to(device)
     for t in ddim.timesteps:
         with precision.autocast():
-            out = model.unet(
-                x.expand(2, -1, -1, -1), t.to(device), encoder_hidden_states=context, return_dict=False
-            )[0].float()
+            out = model.unet(x.expand(2, -1, -1, -1), t.to(device), encoder_hidden_states=context, return_dict=False)[
+                0
+            ].float()
         away, towards = out.chunk(2)
         x = ddim.step(away + recipe.guidance * (towards - away), t, x, return_dict=False)[0]
     return to_image(decode(model.vae, x)[0])
@@ -87,40 +91,10 @@ def _betas(alphas_cumprod: Tensor) -> list[float]:
 def apply_lora(model: Model, path: Path) -> Adapter:
     """Put the LoRA of `path` on `model`'s UNet. Raises ModelError when it does not fit."""
     lora = read_lora(path)
-    matched, unmatched = match(lora, model.unet, UNET_PREFIX)
+    matched, unmatched = match(lora, model.unet)
     if unmatched:
         raise ModelError(
             f"{path}: {len(unmatched)} of its {len(matched) + len(unmatched)} modules have no place in the UNet of "
             f"{model.facts.name}, for example {unmatched[0]}"
         )
     return inject_factors(model.unet, matched)
-
-
-def sample_command(base: Path, lora: Path, prompts: Sequence[str], *, options: SampleOptions) -> list[Path]:
-    """Draw each prompt without and with the LoRA, side by side; returns the written pictures.
-
-    Raises ModelError, OutputError.
-    """
-    device = device_of("auto")
-    precision, _ = resolve("fp16", device)
-    model = open_model(base, device, precision.compute)
-    size = options.size or model.facts.family.resolution
-    recipe = Recipe((size, size), options.steps, options.guidance, options.negative, options.seed)
-    plain = generate(model, prompts, recipe, precision)
-    with apply_lora(model, lora).weight(options.weight):
-        styled = generate(model, prompts, recipe, precision)
-    rows = [("base", plain), (f"{lora.stem[:12]}\nat {options.weight:g}", styled)]
-    written = []
-    for index, (before, after) in enumerate(zip(plain, styled, strict=True), start=1):
-        for name, picture in (("base", before), ("lora", after)):
-            written.append(save_picture(picture, Path(options.out) / f"{index:03}-{name}.png"))
-    written.append(save_picture(contact_sheet(rows, prompts), Path(options.out) / "sheet.png"))
-    return written
-
-
-def save_picture(picture: Image.Image, path: Path) -> Path:
-    """Write a PNG whole. Raises OutputError."""
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
-    publish(buffer.getvalue(), path)
-    return path

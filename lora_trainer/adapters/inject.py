@@ -119,4 +119,3 @@ def inject_factors(network: nn.Module, factors: Mapping[str, Factors]) -> Adapte
 
 def _frozen(values: Tensor, like: Tensor, device: torch.device) -> nn.Parameter:
     return nn.Parameter(values.float().reshape(like.shape).to(device), requires_grad=False)
-

@@ -13,7 +13,7 @@ from lora_trainer.config.options import Option, options
 _TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")
 
 
-class Problem(ValueError):  # noqa: N818 (the caller collects them)
+class Problem(ValueError):
     """One line about one key."""
 
 

@@ -41,7 +41,9 @@ class Option:
     def expected(self) -> str:
         """What a value must be, in words."""
         if self.choices:
-            words = " or ".join([", ".join(self.choices[:-1]), self.choices[-1]]) if self.choices[1:] else self.choices[0]
+            words = (
+                " or ".join([", ".join(self.choices[:-1]), self.choices[-1]]) if self.choices[1:] else self.choices[0]
+            )
         elif self.kind is list:
             words = "a list of texts" if not self.meta.min_length else "a list of at least one text"
         else:

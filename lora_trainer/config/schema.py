@@ -29,49 +29,78 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ]
     mixed_precision: Annotated[
         Literal["fp16", "bf16", "no"],
-        _about(MODEL, "The number format of the frozen model and its products. On a CPU fp16 becomes fp32, and says so."),
+        _about(
+            MODEL, "The number format of the frozen model and its products. On a CPU fp16 becomes fp32, and says so."
+        ),
     ] = "fp16"
     device: Annotated[
         str, _about(MODEL, "Where to train: auto (the first GPU, else the CPU), cpu, cuda, cuda:1 and so on.")
     ] = "auto"
-    cpu_threads: Annotated[int, _about(MODEL, "CPU threads to compute with; torch's choice when left out.", ge=1)] | None = None
+    cpu_threads: (
+        Annotated[int, _about(MODEL, "CPU threads to compute with; torch's choice when left out.", ge=1)] | None
+    ) = None
 
     train_data_dir: Annotated[
-        str, _about(DATA, "The folder of training pictures, with captions in metadata.csv, metadata.jsonl or .txt files.")
+        str,
+        _about(DATA, "The folder of training pictures, with captions in metadata.csv, metadata.jsonl or .txt files."),
     ]
-    metadata_path: Annotated[str, _about(DATA, "A caption file elsewhere or under another name (.csv or .jsonl).")] | None = None
-    validation_data_dir: Annotated[
-        str, _about(DATA, "A folder of pictures that are never trained on, to measure what was learned.")
-    ] | None = None
+    metadata_path: (
+        Annotated[str, _about(DATA, "A caption file elsewhere or under another name (.csv or .jsonl).")] | None
+    ) = None
+    validation_data_dir: (
+        Annotated[str, _about(DATA, "A folder of pictures that are never trained on, to measure what was learned.")]
+        | None
+    ) = None
     validation_split: Annotated[
-        float, _about(DATA, "Hold out this share of the training pictures instead of a folder of their own.", ge=0, le=0.5)
+        float,
+        _about(DATA, "Hold out this share of the training pictures instead of a folder of their own.", ge=0, le=0.5),
     ] = 0.0
-    resolution: Annotated[
-        int, _about(DATA, "Pictures are cut to about this many pixels squared; the model's own size when left out.", ge=64, le=4096, multiple_of=64)
-    ] | None = None
+    resolution: (
+        Annotated[
+            int,
+            _about(
+                DATA,
+                "Pictures are cut to about this many pixels squared; the model's own size when left out.",
+                ge=64,
+                le=4096,
+                multiple_of=64,
+            ),
+        ]
+        | None
+    ) = None
     allow_upscaling: Annotated[bool, _about(DATA, "Enlarge pictures that are smaller than the resolution.")] = False
     trigger_words: Annotated[
         str, _about(DATA, "Words put in front of each caption that lacks them, and named in the file.")
     ] = ""
 
-    lora_rank: Annotated[int, _about(LORA, "How much the LoRA can hold, and its file size. 4 to 16 for a style.", ge=1, le=1024)] = 8
-    lora_alpha: Annotated[
-        float, _about(LORA, "Strength of the LoRA is alpha / rank; twice the rank when left out.", gt=0)
-    ] | None = None
+    lora_rank: Annotated[
+        int, _about(LORA, "How much the LoRA can hold, and its file size. 4 to 16 for a style.", ge=1, le=1024)
+    ] = 8
+    lora_alpha: (
+        Annotated[float, _about(LORA, "Strength of the LoRA is alpha / rank; twice the rank when left out.", gt=0)]
+        | None
+    ) = None
     lora_dropout: Annotated[
         float, _about(LORA, "Share of the LoRA's inner values left out at random, against overfitting.", ge=0, lt=1)
     ] = 0.1
     target_modules: Annotated[
         list[str],
-        _about(LORA, "What is trained: default (kohya's 192 attention modules), conv (adds convolutions), or endings of module names such as to_q.", min_length=1),
+        _about(
+            LORA,
+            "The sets default (kohya's 192 modules) and conv (adds convolutions), or endings of module names: to_q.",
+            min_length=1,
+        ),
     ] = msgspec.field(default_factory=lambda: ["default"])
 
     batch_size: Annotated[int, _about(TRAINING, "Pictures at once. Lower it when memory runs out.", ge=1, le=1024)] = 4
     gradient_accumulation_steps: Annotated[
-        int, _about(TRAINING, "Batches added up for one step; the effective batch is batch_size times this.", ge=1, le=1024)
+        int,
+        _about(TRAINING, "Batches added up for one step; the effective batch is batch_size times this.", ge=1, le=1024),
     ] = 1
     epochs: Annotated[int, _about(TRAINING, "How often each picture is seen.", ge=1, le=100_000)] = 10
-    max_train_steps: Annotated[int, _about(TRAINING, "Stop after this many steps, whatever epochs says.", ge=1)] | None = None
+    max_train_steps: (
+        Annotated[int, _about(TRAINING, "Stop after this many steps, whatever epochs says.", ge=1)] | None
+    ) = None
     learning_rate: Annotated[float, _about(TRAINING, "Size of a step. 1e-4 when it overfits.", gt=0, le=1)] = 2e-4
     lr_scheduler: Annotated[
         Literal["constant", "linear", "cosine"], _about(TRAINING, "How the learning rate goes down over the run.")
@@ -79,7 +108,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     lr_warmup_steps: Annotated[int, _about(TRAINING, "Steps over which the learning rate rises from 0.", ge=0)] = 0
     optimizer: Annotated[Literal["adamw"], _about(TRAINING, "The update rule.")] = "adamw"
     weight_decay: Annotated[float, _about(TRAINING, "AdamW's pull towards zero.", ge=0, le=1)] = 0.01
-    max_grad_norm: Annotated[float, _about(TRAINING, "Longer gradients are shortened to this; 0 switches it off.", ge=0)] = 1.0
+    max_grad_norm: Annotated[
+        float, _about(TRAINING, "Longer gradients are shortened to this; 0 switches it off.", ge=0)
+    ] = 1.0
     gradient_checkpointing: Annotated[
         bool, _about(TRAINING, "Save memory by computing activations twice; about 20 % slower.")
     ] = False
@@ -88,25 +119,34 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         _about(TRAINING, "Accepted and not needed: torch's own attention (SDPA) already saves the same memory."),
     ] = False
     seed: Annotated[int, _about(TRAINING, "The same seed gives the same run.", ge=0, le=2**32 - 1)] = 42
-    trial: Annotated[
-        bool, _about(TRAINING, "A few steps on a few pictures, then how long the full run will take.")
-    ] = False
+    trial: Annotated[bool, _about(TRAINING, "A few steps on a few pictures, then how long the full run will take.")] = (
+        False
+    )
 
     output_dir: Annotated[str, _about(OUTPUT, "The folder for the LoRA, its settings and the logs.")] = "./output"
-    output_name: Annotated[
-        str, _about(OUTPUT, "The LoRA's name in prompts; from folder, rank and epochs when left out: style-train-r8-e10.")
-    ] | None = None
+    output_name: (
+        Annotated[
+            str,
+            _about(
+                OUTPUT, "The LoRA's name in prompts; from folder, rank and epochs when left out: style-train-r8-e10."
+            ),
+        ]
+        | None
+    ) = None
     output_format: Annotated[
         Literal["webui", "diffusers", "both"],
         _about(OUTPUT, "For the WebUI NAME.safetensors, for diffusers pytorch_lora_weights.safetensors."),
     ] = "webui"
-    save_precision: Annotated[Literal["fp16", "bf16", "fp32"], _about(OUTPUT, "The number format of the file.")] = "fp16"
+    save_precision: Annotated[Literal["fp16", "bf16", "fp32"], _about(OUTPUT, "The number format of the file.")] = (
+        "fp16"
+    )
     save_steps: Annotated[int, _about(OUTPUT, "Also save every so many steps; 0: only at the end.", ge=0)] = 0
     overwrite: Annotated[
         bool, _about(OUTPUT, "Replace a LoRA of the same name; otherwise the new one gets a number.")
     ] = False
     log_with: Annotated[
-        Literal["csv", "tensorboard"], _about(OUTPUT, "Losses go to OUTPUT_DIR/logs as CSV, and to TensorBoard if asked.")
+        Literal["csv", "tensorboard"],
+        _about(OUTPUT, "Losses go to OUTPUT_DIR/logs as CSV, and to TensorBoard if asked."),
     ] = "csv"
     metadata_private: Annotated[
         bool, _about(OUTPUT, "Keep full paths and sample prompts in the file's header too.")

@@ -41,9 +41,11 @@ def read_file(path: Path) -> Mapping[str, object]:
     try:
         data = _read(path)
         text = data.decode("utf-8-sig")
-        loaded = json.loads(text) if path.suffix.lower() == ".json" else yaml.load(text, _Loader)  # noqa: S506
+        loaded = json.loads(text) if path.suffix.lower() == ".json" else yaml.load(text, _Loader)
     except UnicodeDecodeError as error:
-        raise ConfigError([f"{path}: expected UTF-8 text, found byte {data[error.start]:#04x} at {error.start}"]) from None
+        raise ConfigError(
+            [f"{path}: expected UTF-8 text, found byte {data[error.start]:#04x} at {error.start}"]
+        ) from None
     except json.JSONDecodeError as error:
         raise ConfigError([f"{path}, line {error.lineno}: not valid JSON: {error.msg}"]) from None
     except yaml.MarkedYAMLError as error:

@@ -21,7 +21,7 @@ from lora_trainer.models.model import Model
 LatentNoise = Callable[[int, tuple[int, int, int]], Tensor]
 
 
-class Stopped(Exception):  # noqa: N818 (not an error)
+class Stopped(Exception):
     """The user asked to stop before training began."""
 
 
@@ -108,9 +108,7 @@ def encode_caption(model: Model, caption: str) -> Tensor:
     return model.text.encode(ids)[0].float().cpu()
 
 
-def _latents(
-    item: Item, index: int, model: Model, sizes: Sizes, noise: LatentNoise
-) -> tuple[Bucket, Tensor]:
+def _latents(item: Item, index: int, model: Model, sizes: Sizes, noise: LatentNoise) -> tuple[Bucket, Tensor]:
     image = load_image(item.path)
     try:
         placement = place(image.size, sizes.resolution, allow_upscaling=sizes.allow_upscaling)

@@ -55,7 +55,9 @@ def device_of(name: str) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError([f"device: expected auto, cpu or a device of this machine, found {name!r} ({reason})"]) from None
+        raise ConfigError(
+            [f"device: expected auto, cpu or a device of this machine, found {name!r} ({reason})"]
+        ) from None
     return device
 
 

@@ -74,8 +74,8 @@ def unet_config(part: State, *, num_heads: int) -> dict:
     firsts = [1] + [n + 1 for n in downs]
     channels = [part[f"input_blocks.{n}.0.in_layers.2.weight"].shape[0] for n in firsts]
     attends = [f"input_blocks.{n}.1.proj_in.weight" in part for n in firsts]
-    context = "input_blocks.{}.1.transformer_blocks.0.attn2.to_k.weight".format(firsts[attends.index(True)])
-    projection = "input_blocks.{}.1.proj_in.weight".format(firsts[attends.index(True)])
+    context = f"input_blocks.{firsts[attends.index(True)]}.1.transformer_blocks.0.attn2.to_k.weight"
+    projection = f"input_blocks.{firsts[attends.index(True)]}.1.proj_in.weight"
     return {
         "in_channels": part["input_blocks.0.0.weight"].shape[1],
         "out_channels": part["out.2.weight"].shape[0],
@@ -94,9 +94,7 @@ def vae_config(part: State, *, scale_factor: float) -> dict:
     """AutoencoderKL's arguments, from the shapes of an LDM VAE."""
     levels = 1 + max(int(name.split(".")[2]) for name in part if name.startswith("encoder.down."))
     blocks = [name for name in part if name.startswith("encoder.down.0.block.")]
-    channels = tuple(
-        part[f"encoder.down.{level}.block.0.conv1.weight"].shape[0] for level in range(levels)
-    )
+    channels = tuple(part[f"encoder.down.{level}.block.0.conv1.weight"].shape[0] for level in range(levels))
     return {
         "block_out_channels": channels,
         "layers_per_block": 1 + max(int(name.split(".")[4]) for name in blocks),

@@ -49,9 +49,7 @@ def split(items: Sequence[Item], share: float, seed: int) -> Items:
     return Items(tuple(i for i in items if i not in chosen), tuple(i for i in items if i in chosen))
 
 
-def load(
-    items: Items, config: Config, model: Model, *, sink: EventSink, stop: Callable[[], bool]
-) -> TrainingData:
+def load(items: Items, config: Config, model: Model, *, sink: EventSink, stop: Callable[[], bool]) -> TrainingData:
     """Encode everything. Raises DataError, Stopped."""
     sizes = Sizes(config.resolution or model.facts.family.resolution, config.allow_upscaling)
 

@@ -27,11 +27,13 @@ class Feed:
     def steps_per_epoch(self) -> int:
         return order.steps_per_epoch(self._groups, self.batch_size, self.accumulation)
 
+    @property
+    def batches_per_epoch(self) -> int:
+        return order.steps_per_epoch(self._groups, self.batch_size, 1)
+
     def updates(self, first_step: int) -> Iterator[order.Update]:
         """The updates from `first_step` (counted from 0) on, without end."""
-        return order.updates(
-            self._groups, self.batch_size, self.accumulation, seed=self.seed, first_step=first_step
-        )
+        return order.updates(self._groups, self.batch_size, self.accumulation, seed=self.seed, first_step=first_step)
 
     def batches(self, update: order.Update) -> Iterator[Batch]:
         """The micro-batches of an update, on the CPU; the weights of its real samples sum to 1."""

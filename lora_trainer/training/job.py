@@ -13,7 +13,7 @@ from lora_trainer.errors import OutputError
 from lora_trainer.events import EventSink, Notice, Started
 from lora_trainer.hosts.ports import GpuLease
 from lora_trainer.models.model import Model
-from lora_trainer.training import data, schedules, trial
+from lora_trainer.training import data, schedules
 from lora_trainer.training.boundary import Boundaries, Validation
 from lora_trainer.training.data import Items, TrainingData
 from lora_trainer.training.feed import Feed
@@ -22,6 +22,7 @@ from lora_trainer.training.output import Output, Progress
 from lora_trainer.training.precision import resolve
 from lora_trainer.training.results import DivergedError, Results
 from lora_trainer.training.segment import Segment, State, alpha_of, open_segment
+from lora_trainer.training.trial import Measured
 
 
 @dataclass
@@ -36,6 +37,7 @@ class Job:
     step: int = 0
     loss: float | None = None
     published: list[Path] = field(default_factory=list)
+    measured: Measured = field(default_factory=Measured)
     _data: TrainingData | None = None
     _state: State | None = None
 
@@ -70,7 +72,7 @@ class Job:
             self.sink(Notice(text=notice))
         began = time.perf_counter()
         self._data = data.load(self.items, self.config, model, sink=self.sink, stop=self.stop)
-        self._prepared_in = time.perf_counter() - began
+        self.measured.prepare = (time.perf_counter() - began) / len(self.items.train + self.items.held_out)
         self.validation.held_out = self._data.held_out
 
     def _begin(self, segment: Segment, steps: int) -> None:
@@ -123,12 +125,13 @@ class Job:
             self._save_between(segment, loop.feed, loop.results.step)
             raise
         self.loss = loop.results.mean_loss
+        self.measured.step = loop.results.fastest
         return outcome
 
     def _save_between(self, segment: Segment, feed: Feed, step: int) -> None:
         """An intermediate file; a run is not lost because one of them could not be written."""
         try:
-            self.output.save(segment, self._data, self._progress(feed, step), final=False)
+            self.output.save(segment, self._data.train, self._progress(feed, step), final=False)
         except OutputError as error:
             self.sink(Notice(text=f"step {step} is not saved, training goes on: {error}", level="warning"))
 
@@ -136,8 +139,9 @@ class Job:
         if self.step == 0:
             return
         self.validation(segment.network, self.step)
-        self.published = self.output.save(segment, self._data, self._progress(feed, self.step), final=True)
+        self.measured.validate = self.validation.seconds / max(1, len(self.items.held_out))
+        self.published = self.output.save(segment, self._data.train, self._progress(feed, self.step), final=True)
         self.output.preview(segment, self.step)
 
     def _progress(self, feed: Feed, step: int) -> Progress:
-        return Progress(step=step, steps_per_epoch=feed.steps_per_epoch, loss=self.loss)
+        return Progress(step, feed.steps_per_epoch, feed.batches_per_epoch)

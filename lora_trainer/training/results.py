@@ -25,7 +25,8 @@ class DivergedError(UserError):
 class Results:
     """Collects `source` ((loss, gradient norm, held back) on the device) after each update and reports in batches.
 
-    `step` is the last update reported; `mean_loss` is over the last `window` good ones.
+    `step` is the last update reported; `mean_loss` is over the last `window` good ones, `fastest` the
+    least time a step took, which leaves out a warm-up.
     """
 
     source: Tensor
@@ -34,6 +35,7 @@ class Results:
     window: int
     step: int = 0
     bad_in_a_row: int = 0
+    fastest: float = 0.0
     _losses: deque[float] = field(init=False)
     _ring: Tensor = field(init=False)
     _pending: list[tuple[int, int, float]] = field(default_factory=list)
@@ -60,6 +62,8 @@ class Results:
         rows = self._ring[: len(self._pending)].tolist()
         now = time.perf_counter()
         seconds = (now - self._since) / max(1, len(rows))
+        if rows:
+            self.fastest = min(seconds, self.fastest or seconds)
         memory = _reserved(self.source.device)
         for (step, epoch, rate), (loss, norm, bad) in zip(self._pending, rows, strict=True):
             self._count(step, bad > 0)

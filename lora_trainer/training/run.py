@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from lora_trainer.config import Config
 from lora_trainer.dataset.prepare import Stopped
-from lora_trainer.events import EventSink, Finished
+from lora_trainer.events import EventSink, Finished, Notice
 from lora_trainer.hosts.ports import Host
 from lora_trainer.training import data, trial
 from lora_trainer.training.fit import Outcome
@@ -30,9 +30,8 @@ def run(
     published. Raises UserError.
     """
     began = time.perf_counter()
-    items = data.find(config, sink)
-    if config.trial:
-        config, items = trial.shorten(config, items)
+    full = (config, data.find(config, sink))
+    config, items = trial.shorten(*full) if config.trial else full
     job = Job(config, items, Output(config, host.store, sink, clock), sink, stop)
     outcome = Outcome.HANDED_OVER
     try:
@@ -42,6 +41,8 @@ def run(
                     outcome = job.segment(model, host.lease)
     except Stopped:
         outcome = Outcome.STOPPED
+    if config.trial and outcome is Outcome.DONE:
+        sink(Notice(text=trial.forecast(*full, job.measured)))
     finished = Finished(
         state="done" if outcome is Outcome.DONE else "stopped",
         output=[str(path) for path in job.published],

@@ -74,7 +74,9 @@ def open_segment(config: Config, model: Model, state: State | None) -> Iterator[
     try:
         with checkpointed(model.unet) if config.gradient_checkpointing else nullcontext():
             trainables = Trainables({"unet": adapter.parameters()})
-            segment = _assemble(config, model, adapter, Network(model.unet, model.noise, mse, precision, dropout), trainables)
+            segment = _assemble(
+                config, model, adapter, Network(model.unet, model.noise, mse, precision, dropout), trainables
+            )
             if state is not None:
                 segment.load_state(state)
             yield segment

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lora_trainer.config import Config, replace
+from lora_trainer.config import Config, output_name_of, replace
 from lora_trainer.dataset.items import Item
 from lora_trainer.training.data import Items
 
@@ -18,6 +18,7 @@ def shorten(config: Config, items: Items) -> tuple[Config, Items]:
     """A run of one epoch and at most STEPS updates over at most IMAGES images, evenly picked from all."""
     short = replace(
         config,
+        output_name=output_name_of(config) + "-trial",
         epochs=1,
         max_train_steps=STEPS,
         lr_warmup_steps=0,
@@ -34,13 +35,13 @@ def _pick(items: Sequence[Item]) -> tuple[Item, ...]:
     return tuple(items[::stride])
 
 
-@dataclass(frozen=True)
+@dataclass
 class Measured:
     """Seconds an image for preparing, an update for training, a held-out image for validating."""
 
-    prepare: float
-    step: float
-    validate: float
+    prepare: float = 0.0
+    step: float = 0.0
+    validate: float = 0.0
 
 
 def forecast(config: Config, items: Items, measured: Measured) -> str:

@@ -36,9 +36,10 @@ def values(option: Option):
     return st.none() | strategy if option.optional else strategy
 
 
-CONFIGS = st.fixed_dictionaries(NEEDED and {k: values(o) for k, o in options().items() if o.required}, optional={
-    k: values(o) for k, o in options().items() if not o.required
-})
+CONFIGS = st.fixed_dictionaries(
+    NEEDED and {k: values(o) for k, o in options().items() if o.required},
+    optional={k: values(o) for k, o in options().items() if not o.required},
+)
 ANYTHING = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),

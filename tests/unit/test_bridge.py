@@ -59,7 +59,9 @@ def test_vae_config_is_sd15s():
 def test_names_agree_with_diffusers_own_converters():
     oracle = pytest.importorskip("diffusers.loaders.single_file_utils")
     state = unet_state(SD15_UNET, torch.float16)
-    theirs = oracle.convert_ldm_unet_checkpoint(dict(state), {**SD15_UNET, "class_embed_type": None, "addition_embed_type": None})
+    theirs = oracle.convert_ldm_unet_checkpoint(
+        dict(state), {**SD15_UNET, "class_embed_type": None, "addition_embed_type": None}
+    )
     assert {unet_name(n.removeprefix(UNET), 2): t.data_ptr() for n, t in state.items()} == {
         name: tensor.data_ptr() for name, tensor in theirs.items()
     }

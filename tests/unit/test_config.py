@@ -120,7 +120,10 @@ def test_replace_checks_too():
 
 
 def test_default_names_stay_usable():
-    assert output_name_of(build(NEEDED, {"train_data_dir": "/data/赤い りんご/", "max_train_steps": 7})) == "赤い-りんご-r8-s7"
+    assert (
+        output_name_of(build(NEEDED, {"train_data_dir": "/data/赤い りんご/", "max_train_steps": 7}))
+        == "赤い-りんご-r8-s7"
+    )
     assert output_name_of(build(NEEDED, {"train_data_dir": "d/" + "長" * 80})).encode().__len__() <= 150
 
 
@@ -182,7 +185,9 @@ def test_the_command_lines_forms():
 
 
 def test_yaml_and_header_round_trip(tmp_path):
-    config = build(NEEDED, {"sample_prompts": ["x"], "sample_every": 5, "output_dir": str(tmp_path), "learning_rate": 3e-5})
+    config = build(
+        NEEDED, {"sample_prompts": ["x"], "sample_every": 5, "output_dir": str(tmp_path), "learning_rate": 3e-5}
+    )
     path = tmp_path / "c.yaml"
     path.write_text(to_yaml(config), encoding="utf-8")
     assert build(read_file(path)) == config

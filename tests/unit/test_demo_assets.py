@@ -46,9 +46,7 @@ def test_held_out_subjects_are_never_trained_on():
 
 def test_the_placebo_has_the_same_words_and_other_pictures():
     assert rows("placebo") == rows("twemoji")
-    assert all(
-        (DEMO / "placebo" / f).read_bytes() != (DEMO / "twemoji" / f).read_bytes() for f in rows("placebo")
-    )
+    assert all((DEMO / "placebo" / f).read_bytes() != (DEMO / "twemoji" / f).read_bytes() for f in rows("placebo"))
 
 
 def test_the_pictures_stay_small():

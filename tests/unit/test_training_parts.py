@@ -80,7 +80,9 @@ def test_a_bad_step_changes_nothing(fused):
     trainables.set_learning_rate(1e-2)
     trainables.grads.fill_(0.5)
     optimizer.step(trainables, torch.zeros(()))
-    before = {name: value.clone() for name, value in optimizer.state().items()} | {"masters": trainables.masters.clone()}
+    before = {name: value.clone() for name, value in optimizer.state().items()} | {
+        "masters": trainables.masters.clone()
+    }
     trainables.grads[3] = float("nan")
     trainables.grads[4] = float("inf")
     optimizer.step(trainables, torch.ones(()))

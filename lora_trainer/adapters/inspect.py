@@ -1,0 +1,134 @@
+"""`lora-trainer inspect`: what a LoRA file is, how it was trained, how strong it is where."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from lora_trainer.adapters.hashes import model_hash
+from lora_trainer.adapters.load import Lora, read_lora
+from lora_trainer.adapters.naming import Factors
+
+_BLOCK = re.compile(
+    r"lora_(unet|te\d?)_(?:text_model_encoder_)?((?:down|up)_blocks_\d+|mid_block|layers_\d+|[a-z]+_blocks?_\d+)?"
+)
+_TRAINING = {
+    "base model": "ss_sd_model_name",
+    "trained by": "ss_network_module",
+    "images": "ss_num_train_images",
+    "steps": "ss_steps",
+    "epochs": "ss_num_epochs",
+    "learning rate": "ss_learning_rate",
+    "batch size": "ss_batch_size_per_device",
+    "resolution": "ss_resolution",
+    "optimizer": "ss_optimizer",
+    "seed": "ss_seed",
+    "trigger words": "modelspec.trigger_phrase",
+    "date": "modelspec.date",
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """Plain facts about a file. `norms`: Frobenius norm of (alpha / r) up · down over each block."""
+
+    file: str
+    size: int
+    family: str
+    precision: str
+    modules: dict[str, int]
+    ranks: dict[int, int]
+    alphas: dict[str, int]
+    training: dict[str, str]
+    hash_matches: bool | None
+    norms: dict[str, float]
+    warnings: tuple[str, ...]
+
+    def lines(self) -> list[str]:
+        parts = ", ".join(f"{count} in {part}" for part, count in self.modules.items())
+        hashes = {True: "matches the data", False: "DOES NOT match the data", None: "not in the file"}
+        lines = [
+            f"{self.file}: LoRA for {self.family}, {self.size / 1e6:.1f} MB, {self.precision}",
+            f"modules: {parts}",
+            f"rank: {_counts(self.ranks)}; alpha: {_counts(self.alphas)}",
+            f"sshs_model_hash: {hashes[self.hash_matches]}",
+        ]
+        lines += [f"{label}: {value}" for label, value in self.training.items()]
+        widest = max(self.norms.values(), default=0.0) or 1.0
+        lines.append("norm by block:")
+        lines += [f"  {block:<24} {norm:9.4f}  {'#' * round(30 * norm / widest)}" for block, norm in self.norms.items()]
+        return lines + [f"warning: {warning}" for warning in self.warnings]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), ensure_ascii=False)
+
+
+def describe(path: Path) -> Report:
+    """Read and measure a LoRA file. Raises ModelError."""
+    lora = read_lora(path)
+    data = path.read_bytes()
+    said = lora.metadata.get("sshs_model_hash")
+    return Report(
+        file=path.name,
+        size=len(data),
+        family=_family(lora),
+        precision=lora.precision,
+        modules=dict(Counter(_block(name)[0] for name in lora.factors)),
+        ranks=dict(Counter(f.rank for f in lora.factors.values())),
+        alphas=dict(Counter(f"{f.alpha:g}" for f in lora.factors.values())),
+        training={label: lora.metadata[key] for label, key in _TRAINING.items() if key in lora.metadata},
+        hash_matches=None if said is None else said == model_hash(data),
+        norms=_norms(lora.factors),
+        warnings=tuple(_warnings(lora.factors)),
+    )
+
+
+def _family(lora: Lora) -> str:
+    said = lora.metadata.get("modelspec.architecture") or lora.metadata.get("ss_base_model_version")
+    return said or "an unnamed base model"
+
+
+def _block(name: str) -> tuple[str, str]:
+    """(part, block) of a kohya name."""
+    found = _BLOCK.match(name)
+    if found is None:
+        return "other", "other"
+    part = "unet" if found[1] == "unet" else "text encoder"
+    return part, f"{found[1]} {found[2] or 'outer'}"
+
+
+def _norms(factors: Mapping[str, Factors]) -> dict[str, float]:
+    squares: dict[str, float] = {}
+    for name, f in factors.items():
+        block = _block(name)[1]
+        squares[block] = squares.get(block, 0.0) + _norm(f) ** 2
+    return {block: math.sqrt(square) for block, square in sorted(squares.items())}
+
+
+def _norm(f: Factors) -> float:
+    """‖(alpha / r) B A‖ = (alpha / r) sqrt(tr(AAᵀ BᵀB)), without forming BA."""
+    a, b = f.down.double().flatten(1), f.up.double().flatten(1)
+    product = torch.trace((a @ a.T) @ (b.T @ b)).clamp(min=0)
+    return f.alpha / f.rank * math.sqrt(product.item()) if torch.isfinite(product) else math.nan
+
+
+def _warnings(factors: Mapping[str, Factors]) -> list[str]:
+    broken = [name for name, f in factors.items() if not (f.down.isfinite().all() and f.up.isfinite().all())]
+    zero = [name for name, f in factors.items() if not f.up.any() or not f.down.any()]
+    found = []
+    if broken:
+        found.append(f"{len(broken)} modules hold numbers that are not finite, such as {broken[0]}")
+    if zero:
+        found.append(f"{len(zero)} of {len(factors)} modules are all zero and do nothing, such as {zero[0]}")
+    return found
+
+
+def _counts(values: Mapping[object, int]) -> str:
+    return str(next(iter(values))) if len(values) == 1 else ", ".join(f"{v} (×{n})" for v, n in values.items())

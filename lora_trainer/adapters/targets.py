@@ -1,0 +1,48 @@
+"""Which modules of a UNet are trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+
+from torch import nn
+
+from lora_trainer.errors import ConfigError
+
+# What kohya's trainer targets by default in each Transformer2DModel, and with convolutions in the rest.
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out")
+CONV = ("conv1", "conv2", "conv_shortcut", "time_emb_proj", "downsamplers.0.conv", "upsamplers.0.conv")
+SETS = {"default": ATTENTION, "conv": CONV}
+# The names of language models and of PEFT's examples.
+ALIASES = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out.0"}
+
+
+def select(model: nn.Module, target_modules: Sequence[str]) -> tuple[str, ...]:
+    """Names of the modules of a diffusers UNet that `target_modules` means, in the model's order.
+
+    An entry is a set's name or the ending of module names. Raises ConfigError for entries that match nothing.
+    """
+    names = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    chosen: set[str] = set()
+    problems = []
+    for entry in target_modules:
+        endings = SETS.get(entry, (ALIASES.get(entry, entry),))
+        found = {name for name in names if any(_ends(name, ending) for ending in endings)}
+        if entry == "default":
+            found = {name for name in found if ".attentions." in name}
+        if not found:
+            problems.append(_nothing(entry, names))
+        chosen |= found
+    if problems:
+        raise ConfigError(problems)
+    return tuple(name for name in names if name in chosen)
+
+
+def _ends(name: str, ending: str) -> bool:
+    return name == ending or name.endswith("." + ending)
+
+
+def _nothing(entry: str, names: Sequence[str]) -> str:
+    known = {*SETS, *ATTENTION, *CONV, *(name.rsplit(".", 1)[-1] for name in names if not name[-1].isdigit())}
+    near = get_close_matches(entry, sorted(known), n=3, cutoff=0.4) or sorted(SETS)
+    return f"target_modules: expected sets or endings of module names, found {entry!r}; near it: {', '.join(near)}"

@@ -1,0 +1,164 @@
+"""What a run leaves behind: LoRA files with their metadata, the effective config, previews."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lora_trainer.adapters.metadata import BaseFacts, DataFacts, RunFacts, build_metadata
+from lora_trainer.adapters.naming import UNET_PREFIX, to_diffusers, to_kohya
+from lora_trainer.adapters.save import assemble
+from lora_trainer.config import Config, output_name_of
+from lora_trainer.config.export import to_header, to_yaml
+from lora_trainer.dataset.prepare import Prepared
+from lora_trainer.events import EventSink, Notice, Saved
+from lora_trainer.events import Progress as Working
+from lora_trainer.hosts.ports import LoraStore
+from lora_trainer.models.model import ModelFacts
+from lora_trainer.sampling import Recipe, generate
+from lora_trainer.training import randomness
+from lora_trainer.training.segment import Segment, alpha_of
+
+PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is."""
+
+    step: int
+    steps_per_epoch: int
+    batches_per_epoch: int
+
+
+@dataclass
+class Output:
+    """The files of one run. `name` is claimed from the store at the start."""
+
+    config: Config
+    store: LoraStore
+    sink: EventSink
+    clock: Callable[[], float]
+    name: str = field(init=False)
+    started_at: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        wanted = output_name_of(self.config)
+        self.name = self.store.claim(wanted)
+        self.started_at = self.clock()
+        if self.name != wanted:
+            self.sink(
+                Notice(text=f"{wanted} is there already: this LoRA becomes {self.name} (overwrite=true replaces it)")
+            )
+
+    def save(self, segment: Segment, data: Prepared, progress: Progress, *, final: bool) -> list[Path]:
+        """Publish the LoRA as it is now; a final one with its config beside it. Raises OutputError."""
+        stem = self.name if final else f"{self.name}-step{progress.step:08}"
+        metadata = self._metadata(segment.model.facts, data, progress, segment.model.noise.prediction)
+        factors = segment.adapter.factors()
+        files: list[tuple[str, dict[str, Tensor]]] = []
+        if self.config.output_format in ("webui", "both"):
+            files.append((f"{stem}.safetensors", to_kohya(UNET_PREFIX, factors)))
+        if self.config.output_format in ("diffusers", "both"):
+            files.append((DIFFUSERS_FILE if final else f"{stem}/{DIFFUSERS_FILE}", to_diffusers(factors)))
+        paths = []
+        for file, tensors in files:
+            paths.append(self.store.publish(file, assemble(self._rounded(tensors), metadata), final=final))
+            self.sink(Saved(path=str(paths[-1]), step=progress.step, kind="lora" if final else "checkpoint"))
+        if final:
+            self.store.publish(f"{stem}.yaml", to_yaml(self.config).encode(), final=True)
+        return paths
+
+    def preview(self, segment: Segment, step: int) -> None:
+        """Draw the sample prompts with the LoRA as it is now. Raises OutputError."""
+        config = self.config
+        if not config.sample_prompts:
+            return
+        size = config.resolution or segment.model.facts.family.resolution
+        recipe = Recipe(
+            (size, size), config.sample_steps, config.sample_guidance, config.sample_negative_prompt, config.seed
+        )
+        for number, prompt in enumerate(config.sample_prompts, start=1):
+            (picture,) = generate(segment.model, [prompt], recipe, segment.network.precision)
+            buffer = io.BytesIO()
+            picture.save(buffer, format="PNG")
+            file = f"samples/{self.name}-step{step:08}-{number}.png"
+            path = self.store.publish(file, buffer.getvalue(), final=False)
+            self.sink(Working(stage="drawing", done=number, total=len(config.sample_prompts)))
+            self.sink(Saved(path=str(path), step=step, kind="sample"))
+
+    def _rounded(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weights in the file's precision; alphas stay fp32 scalars."""
+        dtype = PRECISIONS[self.config.save_precision]
+        return {name: tensor if tensor.dim() == 0 else tensor.to(dtype) for name, tensor in tensors.items()}
+
+    def _metadata(self, facts: ModelFacts, data: Prepared, progress: Progress, prediction: str) -> dict[str, str]:
+        captions: dict[str, list[str]] = {}
+        for sample in data.samples:
+            captions.setdefault(sample.item.path.parent.name, []).append(sample.item.caption)
+        hashes = facts.hashes()
+        base = BaseFacts(
+            facts.name, facts.family.base_version, facts.family.architecture, prediction, hashes.legacy, hashes.sha256
+        )
+        resolution = self.config.resolution or facts.family.resolution
+        run = RunFacts(
+            name=self.name,
+            session_id=randomness.key(self.config.seed, f"session {self.name} {self.started_at}") >> 31,
+            started_at=self.started_at,
+            finished_at=self.clock(),
+            steps=progress.step,
+            epoch=-(-progress.step // progress.steps_per_epoch),
+            trigger_words=self.config.trigger_words,
+            config_json=to_header(self.config),
+            settings=kohya_settings(self.config),
+        )
+        return build_metadata(run, DataFacts(captions, data.buckets, resolution, progress.batches_per_epoch), base)
+
+
+def kohya_settings(config: Config) -> dict[str, object]:
+    """Our settings under the names that kohya's trainer writes after `ss_`."""
+    return {
+        "learning_rate": config.learning_rate,
+        "unet_lr": config.learning_rate,
+        "text_encoder_lr": None,
+        "num_epochs": config.epochs,
+        "max_train_steps": config.max_train_steps,
+        "batch_size_per_device": config.batch_size,
+        "total_batch_size": config.batch_size * config.gradient_accumulation_steps,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "gradient_checkpointing": config.gradient_checkpointing,
+        "lr_scheduler": config.lr_scheduler,
+        "lr_warmup_steps": config.lr_warmup_steps,
+        "optimizer": config.optimizer,
+        "max_grad_norm": config.max_grad_norm,
+        "network_module": "networks.lora",
+        "network_dim": config.lora_rank,
+        "network_alpha": f"{alpha_of(config):g}",
+        "network_dropout": config.lora_dropout,
+        "mixed_precision": config.mixed_precision,
+        "full_fp16": False,
+        "seed": config.seed,
+        "clip_skip": None,
+        "max_token_length": None,
+        "cache_latents": True,
+        "lowram": False,
+        "noise_offset": None,
+        "zero_terminal_snr": False,
+        "min_snr_gamma": None,
+        "loss_type": "l2",
+        "prior_loss_weight": 1.0,
+        "caption_dropout_rate": 0.0,
+        "shuffle_caption": False,
+        "flip_aug": False,
+        "color_aug": False,
+        "random_crop": False,
+        "keep_tokens": None,
+        "bucket_no_upscale": not config.allow_upscaling,
+        "training_comment": config.training_comment,
+    }

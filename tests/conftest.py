@@ -1,0 +1,50 @@
+"""Shared fixtures: a tiny checkpoint, and a folder of pictures with captions."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> Path:
+    from tests.tiny import tiny_checkpoint
+
+    return tiny_checkpoint(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture()
+def pictures(tmp_path) -> Path:
+    """Six pictures of 64 to 128 px in two shapes, captioned in metadata.csv."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rows = []
+    for index in range(6):
+        size = (64, 64) if index < 4 else (128, 64)
+        values = np.random.default_rng(index).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+        Image.fromarray(values).save(folder / f"p{index}.png")
+        rows.append(f'p{index}.png,"picture, number {index}"')
+    (folder / "metadata.csv").write_text("\n".join(rows), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture()
+def settings(checkpoint, pictures, tmp_path) -> dict:
+    """A config that trains in a second."""
+    return {
+        "base_model": str(checkpoint),
+        "train_data_dir": str(pictures),
+        "output_dir": str(tmp_path / "out"),
+        "resolution": 128,
+        "batch_size": 2,
+        "epochs": 2,
+        "lora_rank": 4,
+        "output_name": "tiny",
+        "cpu_threads": 1,
+    }
