@@ -1,28 +1,33 @@
-"""Aspect-ratio buckets: which size a picture is trained at, and how it is cut."""
+"""Aspect-ratio buckets: which part of a picture is trained on, and at what size. Whole numbers only, so that
+every machine cuts alike."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
 
 from PIL import Image
 
 STEP = 64
-MAX_ASPECT = 4.0
+MAX_ASPECT = 4
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """A training size in pixels; both sides are multiples of STEP."""
+    """The size in pixels that a picture is trained at."""
 
     width: int
     height: int
 
+    @property
+    def area(self) -> int:
+        return self.width * self.height
+
 
 @dataclass(frozen=True)
 class Placement:
-    """How a picture of `original` (width, height) fills its bucket: resized, then `crop` (left, top, right, bottom)."""
+    """A picture of size `original`, resized to `resized` (width, height) and cut to `crop` (left, top, right,
+    bottom) in pixels of the resized picture, fills `bucket`."""
 
     bucket: Bucket
     resized: tuple[int, int]
@@ -30,52 +35,80 @@ class Placement:
     original: tuple[int, int]
 
 
-@cache
 def buckets(resolution: int, *, step: int = STEP) -> tuple[Bucket, ...]:
-    """For each width the tallest bucket of an area of at most resolution², no longer than MAX_ASPECT to 1."""
-    area = resolution * resolution
-    found = []
-    for width in range(step, int(resolution * math.sqrt(MAX_ASPECT)) + 1, step):
-        height = min(area // width, int(width * MAX_ASPECT)) // step * step
-        if height and width / height <= MAX_ASPECT:
-            found.append(Bucket(width, height))
-    return tuple(found)
+    """The full-size buckets: sides are multiples of `step`, areas at most resolution², aspects 1:4 to 4:1.
+
+    Raises ValueError when `resolution` is under `step`.
+    """
+    if resolution < step:
+        raise ValueError(f"resolution {resolution} is under {step}")
+    square = resolution // step * step
+    found = {Bucket(square, square)}
+    for width in range(step, MAX_ASPECT * resolution + 1, step):
+        height = resolution**2 // width // step * step
+        if height > 0 and max(width, height) <= MAX_ASPECT * min(width, height):
+            found |= {Bucket(width, height), Bucket(height, width)}
+    return tuple(sorted(found, key=lambda bucket: (bucket.width, bucket.height)))
 
 
 def place(size: tuple[int, int], resolution: int, *, allow_upscaling: bool = False) -> Placement:
-    """The bucket nearest in aspect ratio to a picture of `size` (width, height).
+    """Where a picture of `size` (width, height) goes: the bucket of the nearest aspect ratio, cut centrally.
 
-    Without upscaling, a picture smaller than its bucket takes the largest one that fits inside it. Raises
-    ValueError when a side is shorter than STEP pixels and may not be enlarged.
+    Without upscaling a picture smaller than that bucket gets the largest one that fits inside it.
+    Raises ValueError for a side under 64 pixels.
     """
     width, height = size
-    if min(size) < STEP and not allow_upscaling:
-        raise ValueError(
-            f"expected at least {STEP} pixels a side, found {width}×{height}; allow_upscaling=true enlarges it"
-        )
-    bucket = min(buckets(resolution), key=lambda b: (_distance(b, size), -b.width * b.height))
-    if not allow_upscaling and (bucket.width > width or bucket.height > height):
-        fitting = [b for b in _inside(size) if b.width * b.height <= resolution * resolution]
-        bucket = max(fitting, key=lambda b: (b.width * b.height, -_distance(b, size)))
-    scale = max(bucket.width / width, bucket.height / height)
-    resized = (max(bucket.width, round(width * scale)), max(bucket.height, round(height * scale)))
-    left, top = (resized[0] - bucket.width) // 2, (resized[1] - bucket.height) // 2
+    if min(size) < STEP:
+        raise ValueError(f"too small: {width} x {height} pixels, expected at least {STEP} on each side")
+    bucket = _nearest(buckets(resolution), width, height)
+    if not allow_upscaling and (width < bucket.width or height < bucket.height):
+        bucket = _largest_inside(width, height, resolution)
+    resized = _cover(bucket, width, height)
+    left = (resized[0] - bucket.width) // 2
+    top = (resized[1] - bucket.height) // 2
     return Placement(bucket, resized, (left, top, left + bucket.width, top + bucket.height), size)
 
 
 def fit(image: Image.Image, placement: Placement) -> Image.Image:
-    """`image` resized and cut as `placement` says."""
-    if image.size != placement.resized:
-        image = image.resize(placement.resized, Image.Resampling.LANCZOS)
-    return image.crop(placement.crop)
+    """`image` resized and cut as `placement` says; only the part that is kept is resampled."""
+    width_ratio = placement.original[0] / placement.resized[0]
+    height_ratio = placement.original[1] / placement.resized[1]
+    left, top, right, bottom = placement.crop
+    box = (left * width_ratio, top * height_ratio, right * width_ratio, bottom * height_ratio)
+    # Rounding may carry the product past the edge by a hair, which Pillow refuses.
+    box = (box[0], box[1], min(box[2], image.width), min(box[3], image.height))
+    size = (placement.bucket.width, placement.bucket.height)
+    return image.resize(size, Image.Resampling.LANCZOS, box=box)
 
 
-def _distance(bucket: Bucket, size: tuple[int, int]) -> float:
-    return abs(math.log(bucket.width / bucket.height) - math.log(size[0] / size[1]))
+def _nearest(candidates: Iterable[Bucket], width: int, height: int) -> Bucket:
+    return min(candidates, key=lambda bucket: (_mismatch(bucket, width, height), -bucket.area, bucket.width))
 
 
-def _inside(size: tuple[int, int]) -> list[Bucket]:
-    """Buckets no wider and no higher than `size`, of at most MAX_ASPECT to 1."""
-    widths = range(STEP, size[0] + 1, STEP)
-    heights = range(STEP, size[1] + 1, STEP)
-    return [Bucket(w, h) for w in widths for h in heights if max(w, h) <= MAX_ASPECT * min(w, h)]
+def _largest_inside(width: int, height: int, resolution: int) -> Bucket:
+    """The largest bucket not larger than the picture, of the same bounds; of equals the nearest in aspect."""
+    found = []
+    for w in range(STEP, width + 1, STEP):
+        h = min(height, resolution**2 // w, MAX_ASPECT * w) // STEP * STEP
+        if h > 0 and w <= MAX_ASPECT * h:
+            found.append(Bucket(w, h))
+    area = max(bucket.area for bucket in found)
+    return _nearest((bucket for bucket in found if bucket.area == area), width, height)
+
+
+def _mismatch(bucket: Bucket, width: int, height: int) -> float:
+    """The ratio of the two aspects, at least 1."""
+    one, other = bucket.width * height, bucket.height * width
+    return max(one, other) / min(one, other)
+
+
+def _cover(bucket: Bucket, width: int, height: int) -> tuple[int, int]:
+    """The smallest size of the picture's own aspect that covers the bucket: one side is the bucket's."""
+    if bucket.width * height >= bucket.height * width:
+        return bucket.width, _divide(height * bucket.width, width)
+    return _divide(width * bucket.height, height), bucket.height
+
+
+def _divide(numerator: int, denominator: int) -> int:
+    """The nearest whole number."""
+    return (2 * numerator + denominator) // (2 * denominator)

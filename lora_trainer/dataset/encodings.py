@@ -12,6 +12,12 @@ _BOMS = (
     (codecs.BOM_UTF16_LE, "utf-16", "UTF-16"),
     (codecs.BOM_UTF16_BE, "utf-16", "UTF-16"),
 )
+# name: codec to read, the national standard's codec, lead bytes of its symbols, of its everyday characters,
+# of its other characters. GB 2312 keeps kana in A4–A5; Chinese has no use for them.
+_NATIONAL = {
+    "GBK": ("gb18030", "gb2312", range(0xA1, 0xA4), range(0xB0, 0xD8), range(0xD8, 0xF8)),
+    "Shift-JIS": ("cp932", "shift_jis", range(0x81, 0x82), range(0x82, 0x98), range(0x98, 0xEB)),
+}
 
 
 def decode(path: Path, data: bytes) -> tuple[str, str]:
@@ -23,16 +29,18 @@ def decode(path: Path, data: bytes) -> tuple[str, str]:
         return data.decode("utf-8"), "UTF-8"
     except UnicodeDecodeError:
         pass
-    candidates = {}
-    for codec, name in (("gb18030", "GBK"), ("cp932", "Shift-JIS")):
+    scores: dict[str, float] = {}
+    texts: dict[str, str] = {}
+    for name, (codec, *_) in _NATIONAL.items():
         try:
-            candidates[name] = data.decode(codec)
+            texts[name] = data.decode(codec)
         except UnicodeDecodeError:
             continue
-    if not candidates:
-        raise DataError(f"{path}: expected UTF-8, GBK or Shift-JIS text, found neither; save it as UTF-8")
-    best = max(candidates, key=lambda name: _plausible(candidates[name], name))
-    return candidates[best], best
+        scores[name] = _plausible(texts[name], name)
+    best = max(scores, key=lambda name: scores[name], default=None)
+    if best is None or scores[best] <= 0:
+        raise DataError(f"{path}: expected UTF-8, GBK or Shift-JIS text, found none of them; save it as UTF-8")
+    return texts[best], best
 
 
 def _decoded(path: Path, data: bytes, codec: str, name: str) -> tuple[str, str]:
@@ -43,31 +51,21 @@ def _decoded(path: Path, data: bytes, codec: str, name: str) -> tuple[str, str]:
 
 
 def _plausible(text: str, name: str) -> float:
-    """How much the characters look like writing in the encoding's language, from -1 to 1 a character.
+    """How much the text looks like writing in the encoding's language, from -1 to 1 a character.
 
-    Bytes of one encoding read as the other give half-width katakana, rare hanzi and mixed punctuation.
+    Bytes of one encoding read as another give half-width katakana, private and rare characters.
     """
-    scores = [_score(character, name) for character in text if ord(character) > 127]
-    return sum(scores) / max(1, len(scores))
+    foreign = [character for character in text[:200_000] if ord(character) > 127]
+    return sum(_score(character, name) for character in foreign) / max(1, len(foreign))
 
 
 def _score(character: str, name: str) -> float:
-    code = ord(character)
-    if 0x3040 <= code <= 0x30FF:  # kana; Chinese has none
-        return 1.0 if name == "Shift-JIS" else -0.5
-    if 0xFF61 <= code <= 0xFF9F or 0xE000 <= code <= 0xF8FF:  # half-width katakana, private use
-        return -1.0
-    if code in (0x3001, 0x3002) or 0xFF01 <= code <= 0xFF5E:  # shared punctuation
-        return 0.5
-    if 0x4E00 <= code <= 0x9FFF:
-        return 1.0 if _common(character, name) else -0.5
-    return -0.2
-
-
-def _common(character: str, name: str) -> bool:
-    """In the first level of GB 2312 (lead bytes B0–D7) or of JIS X 0208 (lead bytes 88–97)."""
+    _, standard, symbols, common, rare = _NATIONAL[name]
     try:
-        lead = character.encode("gb2312" if name == "GBK" else "cp932")[0]
+        encoded = character.encode(standard)
     except UnicodeEncodeError:
-        return False
-    return 0xB0 <= lead <= 0xD7 if name == "GBK" else 0x88 <= lead <= 0x97
+        return -1.0
+    if len(encoded) == 1:  # half-width katakana
+        return -1.0
+    lead = encoded[0]
+    return 1.0 if lead in common else 0.5 if lead in symbols else 0.0 if lead in rare else -0.5

@@ -1,97 +1,177 @@
-"""Any picture file to upright RGB."""
+"""Any picture a folder may hold, as upright 8-bit RGB."""
 
 from __future__ import annotations
 
-import warnings
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
 
 from lora_trainer.errors import DataError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-MAX_PIXELS = 200_000_000
+IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"))
+MAX_PIXELS = 150_000_000
+
+# Only these decoders are tried, whatever the suffix says. Others reach further than a picture should: EPS
+# starts Ghostscript.
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+_READABLE = "JPEG, PNG, WebP, BMP, GIF, TIFF"
 _ORIENTATION = 0x0112
-_SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
+_TIFF_WIDTH, _TIFF_HEIGHT = 256, 257
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SIDEWAYS = (5, 6, 7, 8)
 
 
 class ImageError(DataError):
-    """A picture that cannot be used: which, and why."""
+    """One picture that cannot be used: `path`, and `why` in a few words."""
 
     def __init__(self, path: Path, why: str) -> None:
-        self.path, self.why = path, why
+        self.path = path
+        self.why = why
         super().__init__(f"{path}: {why}")
 
 
 def load_image(path: Path) -> Image.Image:
-    """The first frame, upright, RGB, 8 bits; alpha is composited on white. Raises ImageError."""
-    try:
-        with _open(path) as image:
+    """The picture at `path`, upright, mode RGB (8 bits).
+
+    The first frame of an animation. Transparency is laid on white. 16 bits keep their full range. Colors with
+    an ICC profile other than sRGB (RGB, grey and CMYK pictures) become sRGB; a profile that LittleCMS refuses
+    is ignored, as viewers do. Raises ImageError: missing, not a picture, truncated, corrupt, over MAX_PIXELS.
+    """
+    with _opened(path) as image:
+        orientation = _orientation(image)
+        with _truncation_is_an_error():
             image.load()
-            upright = ImageOps.exif_transpose(image)
-            return _rgb(upright)
-    except ImageError:
-        raise
-    except (OSError, ValueError, SyntaxError, EOFError, MemoryError, IndexError, TypeError) as error:
-        raise ImageError(path, f"cannot be decoded: {_reason(error)}") from error
+        upright = _UPRIGHT.get(orientation)
+        # Pillow turns a TIFF itself while loading it.
+        if upright is not None and image.format != "TIFF":
+            return _rgb(image).transpose(upright)
+        return _rgb(image)
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """(width, height) when upright, from the header alone. Raises ImageError."""
-    try:
-        with _open(path) as image:
-            width, height = image.size
-            turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
-            return (height, width) if turned else (width, height)
-    except (OSError, ValueError, SyntaxError) as error:
-        raise ImageError(path, f"cannot be read: {_reason(error)}") from error
+    """(width, height) in pixels of the upright picture, from its header alone. Raises ImageError."""
+    with _opened(path) as image:
+        width, height = image.size
+        if image.format == "TIFF":
+            width, height = image.tag_v2[_TIFF_WIDTH], image.tag_v2[_TIFF_HEIGHT]
+        return (height, width) if _orientation(image) in _SIDEWAYS else (width, height)
 
 
-def _open(path: Path) -> Image.Image:
-    """Pillow's lazy image, of a size that is safe to decode. Raises ImageError."""
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """The open picture; whatever goes wrong until it is closed becomes an ImageError."""
     try:
-        with warnings.catch_warnings():
-            # Our own bound follows; Pillow's warning would come for pictures that are fine.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(path)
-    except Image.DecompressionBombError as error:
-        raise ImageError(path, f"has too many pixels to be safe (expected at most {MAX_PIXELS:,})") from error
+        with Image.open(path, formats=_FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ImageError(path, _too_large(f"{image.width} x {image.height}"))
+            yield image
+    except ImageError:
+        raise
+    except FileNotFoundError as error:
+        raise ImageError(path, "no such file") from error
     except UnidentifiedImageError as error:
-        size = path.stat().st_size
-        raise ImageError(path, "is empty" if size == 0 else "is not a picture, or a damaged one") from error
-    except OSError as error:
-        raise ImageError(path, f"cannot be read: {_reason(error)}") from error
-    if image.width * image.height > MAX_PIXELS:
-        size = f"{image.width}×{image.height}"
-        image.close()
-        raise ImageError(path, f"has too many pixels to be safe: {size} (expected at most {MAX_PIXELS:,})")
-    return image
+        empty = path.stat().st_size == 0
+        raise ImageError(path, "the file is empty" if empty else f"not a {_READABLE} image") from error
+    except Image.DecompressionBombError as error:
+        raise ImageError(path, _too_large("far more")) from error
+    except Exception as error:
+        # Decoders raise nearly anything on damaged bytes: OSError, SyntaxError, struct.error, KeyError, ….
+        raise ImageError(path, f"cannot be decoded ({_one_line(error)})") from error
+
+
+@contextmanager
+def _truncation_is_an_error() -> Iterator[None]:
+    """Some programs that share this process tell Pillow to fill what is missing of a picture with grey."""
+    before = ImageFile.LOAD_TRUNCATED_IMAGES
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8. Unreadable EXIF counts as none, as in viewers."""
+    # Asked for the EXIF of a PNG that has none in its header, Pillow would decode the whole picture.
+    if image.format == "PNG" and "exif" not in image.info:
+        return 1
+    try:
+        return image.getexif().get(_ORIENTATION, 1)
+    except Exception:
+        return 1
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode in _SIXTEEN_BIT or image.mode in ("I", "F"):
-        return _from_deep(image)
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        layer = image.convert("RGBA")
-        white = Image.new("RGBA", layer.size, "white")
-        return Image.alpha_composite(white, layer).convert("RGB")
-    return image.convert("RGB")
-
-
-def _from_deep(image: Image.Image) -> Image.Image:
-    """Greyscale of 16 or 32 bits: whole numbers are of 16 bits, floats from 0 to 1 or to their maximum."""
-    values = np.asarray(image).astype(np.float64)
-    if image.mode == "F":
-        values = np.nan_to_num(values)
-        top = values.max(initial=0.0)
-        values = values * 255 if top <= 1 else values / top * 255
+    if image.mode == "F" or image.mode.startswith("I"):
+        plain = _eight_bits(image)
+    elif _has_transparency(image):
+        plain = _on_white(image.convert("RGBA"))
+    elif image.mode in ("L", "CMYK"):
+        plain = image
     else:
-        values = values / 257
-    grey = Image.fromarray(np.clip(values.round(), 0, 255).astype(np.uint8))
-    return grey.convert("RGB")
+        plain = image.convert("RGB")
+    profile = image.info.get("icc_profile")
+    if profile:
+        plain = _srgb(plain, profile)
+    # A copy without EXIF or profile, which no longer describe it, and without the file.
+    rgb = plain.convert("RGB")
+    rgb.info = {}
+    return rgb
 
 
-def _reason(error: Exception) -> str:
-    text = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return getattr(error, "strerror", None) or text
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Modes I;16, I and F as L. An integer picture has 16 bits unless its values say 32; a float one reaches
+    up to 1, 255 or 65535, the least that holds its values."""
+    values = np.asarray(image).astype(np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError("values that are not finite")
+    full = (1, 255, 65535) if image.mode == "F" else (65535, 2**32 - 1)
+    highest = values.max()
+    white = next((top for top in full if highest <= top), None)
+    if white is None:
+        raise ValueError(f"values up to {highest:g}, expected at most {full[-1]}")
+    scaled = np.clip(values / white, 0, 1) * 255
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        scaled[values == transparent] = 255
+    return Image.fromarray((scaled + 0.5).astype(np.uint8))
+
+
+def _has_transparency(image: Image.Image) -> bool:
+    return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, image).convert("RGB")
+
+
+def _srgb(image: Image.Image, profile: bytes) -> Image.Image:
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "srgb" in ImageCms.getProfileDescription(source).lower():
+            return image
+        target = ImageCms.createProfile("sRGB")
+        return ImageCms.profileToProfile(image, source, target, outputMode="RGB") or image
+    except (ImageCms.PyCMSError, ImportError, OSError, TypeError, ValueError):
+        return image
+
+
+def _too_large(size: str) -> str:
+    return f"too large: {size} pixels, at most {MAX_PIXELS // 1_000_000} million are decoded"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -21,6 +21,7 @@ class Batch:
     indices: tuple[int, ...]
     weights: tuple[float, ...]
     visits: tuple[int, ...]
+    group: Hashable
 
 
 @dataclass(frozen=True)
@@ -33,15 +34,17 @@ class Update:
 
 
 def epoch_batches(groups: Sequence[Hashable], batch_size: int, *, seed: int, epoch: int) -> tuple[Batch, ...]:
-    """One epoch over images whose shapes are `groups`: each exactly once with weight 1, no batch of two groups."""
+    """One epoch over images of these `groups`: each once with weight 1, and no batch of two groups."""
     members: dict[Hashable, list[int]] = {}
     for index, group in enumerate(groups):
         members.setdefault(group, []).append(index)
     batches = []
-    for indices in members.values():
+    for group, indices in members.items():
         shuffled = sorted(indices, key=lambda index: _key(seed, epoch, "image", index))
         for start in range(0, len(shuffled), batch_size):
-            batches.append(_batch(shuffled, start, batch_size, first_visit=epoch * len(groups)))
+            real = shuffled[start : start + batch_size]
+            padding = [shuffled[n % len(shuffled)] for n in range(batch_size - len(real))]
+            batches.append(_batch(real, padding, group, first_visit=epoch * len(groups)))
     return tuple(sorted(batches, key=lambda batch: _key(seed, epoch, "batch", batch.indices[0])))
 
 
@@ -68,14 +71,13 @@ def updates(
         epoch, skip = epoch + 1, 0
 
 
-def _batch(indices: Sequence[int], start: int, size: int, *, first_visit: int) -> Batch:
-    real = indices[start : start + size]
-    padding = [indices[n % len(indices)] for n in range(size - len(real))]
-    chosen = (*real, *padding)
+def _batch(real: list[int], padding: list[int], group: Hashable, *, first_visit: int) -> Batch:
+    indices = (*real, *padding)
     return Batch(
-        indices=tuple(chosen),
+        indices=indices,
         weights=(1.0,) * len(real) + (0.0,) * len(padding),
-        visits=tuple(first_visit + index for index in chosen),
+        visits=tuple(first_visit + index for index in indices),
+        group=group,
     )
 
 
