@@ -89,8 +89,8 @@ class TensorBoardLog:
 class TerminalLog:
     """A progress bar on a terminal, plain lines elsewhere."""
 
-    def __init__(self, stream: TextIO = sys.stderr, clock: Callable[[], float] = time.monotonic) -> None:
-        self.stream, self.clock = stream, clock
+    def __init__(self, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self.stream, self.clock = stream or sys.stderr, clock
         self._bar: tqdm | None = None
         self._stage = ""
         self._printed = float("-inf")
