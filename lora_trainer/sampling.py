@@ -46,10 +46,9 @@ def scheduler(noise: NoiseSchedule) -> DDIMScheduler:
     )
 
 
-@torch.no_grad()
 def generate(model: Model, prompts: Sequence[str], recipe: Recipe, precision: Precision) -> list[Image.Image]:
     """One picture a prompt. The same seed gives every prompt the same starting noise."""
-    return [_generate(model, prompt, recipe, precision) for prompt in prompts]
+    return [to_image(decode(model.vae, denoise(model, prompt, recipe, precision))[0]) for prompt in prompts]
 
 
 def start(recipe: Recipe, shape: tuple[int, int, int]) -> Tensor:
@@ -57,7 +56,9 @@ def start(recipe: Recipe, shape: tuple[int, int, int]) -> Tensor:
     return randomness.normal(recipe.seed, "sample", [0], shape)
 
 
-def _generate(model: Model, prompt: str, recipe: Recipe, precision: Precision) -> Image.Image:
+@torch.no_grad()
+def denoise(model: Model, prompt: str, recipe: Recipe, precision: Precision) -> Tensor:
+    """The finished latents of one prompt, [1, 4, h, w] float32."""
     device = model.facts.device
     context = _contexts(model, [recipe.negative, prompt])
     ddim = scheduler(model.noise)
@@ -70,7 +71,7 @@ def _generate(model: Model, prompt: str, recipe: Recipe, precision: Precision) -
             ].float()
         away, towards = out.chunk(2)
         x = ddim.step(away + recipe.guidance * (towards - away), t, x, return_dict=False)[0]
-    return to_image(decode(model.vae, x)[0])
+    return x
 
 
 def _contexts(model: Model, prompts: Sequence[str]) -> Tensor:

@@ -59,7 +59,7 @@ def place(size: tuple[int, int], resolution: int, *, allow_upscaling: bool = Fal
     """
     width, height = size
     if min(size) < STEP:
-        raise ValueError(f"too small: {width} x {height} pixels, expected at least {STEP} on each side")
+        raise ValueError(f"is too small: expected at least {STEP} pixels a side, found {width}×{height}")
     bucket = _nearest(buckets(resolution), width, height)
     if not allow_upscaling and (width < bucket.width or height < bucket.height):
         bucket = _largest_inside(width, height, resolution)
@@ -71,12 +71,14 @@ def place(size: tuple[int, int], resolution: int, *, allow_upscaling: bool = Fal
 
 def fit(image: Image.Image, placement: Placement) -> Image.Image:
     """`image` resized and cut as `placement` says; only the part that is kept is resampled."""
-    width_ratio = placement.original[0] / placement.resized[0]
-    height_ratio = placement.original[1] / placement.resized[1]
+    (width, height), (original_width, original_height) = placement.resized, placement.original
     left, top, right, bottom = placement.crop
-    box = (left * width_ratio, top * height_ratio, right * width_ratio, bottom * height_ratio)
-    # Rounding may carry the product past the edge by a hair, which Pillow refuses.
-    box = (box[0], box[1], min(box[2], image.width), min(box[3], image.height))
+    box = (
+        left * original_width / width,
+        top * original_height / height,
+        right * original_width / width,
+        bottom * original_height / height,
+    )
     size = (placement.bucket.width, placement.bucket.height)
     return image.resize(size, Image.Resampling.LANCZOS, box=box)
 

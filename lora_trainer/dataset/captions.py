@@ -7,7 +7,7 @@ import io
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from lora_trainer.dataset.encodings import decode
 from lora_trainer.errors import DataError
@@ -19,7 +19,7 @@ MAX_FILE_BYTES = 64 * 1024 * 1024
 
 @dataclass(frozen=True)
 class Row:
-    """A caption and the picture it names; `number` is the line where it starts, from 1."""
+    """A caption and the picture it names, as written; `number` is the line where the row starts, from 1."""
 
     number: int
     file: str
@@ -27,49 +27,68 @@ class Row:
 
 
 def read_metadata(path: Path) -> tuple[list[Row], list[str]]:
-    """The rows of a .csv or .jsonl file, and what should be said about it. Raises DataError."""
-    text, encoding = decode(path, read_bytes(path))
+    """The rows of a .jsonl or else CSV file, and what should be said about it. Raises DataError."""
+    text, encoding = read_text(path)
     notes = [] if encoding == "UTF-8" else [f"{path.name}: read as {encoding}"]
-    rows = _jsonl(path, text) if path.suffix.lower() in (".jsonl", ".json", ".ndjson") else _csv(path, text, notes)
+    is_json = path.suffix.lower() in (".jsonl", ".json", ".ndjson")
+    rows = _jsonl(path, text) if is_json else _csv(path, text, notes)
+    if not rows:
+        raise DataError(f"{path}: expected rows of a file name and a caption, found none")
     seen: dict[str, int] = {}
     for row in rows:
-        if row.file in seen:
-            raise DataError(f"{path}: rows {seen[row.file]} and {row.number} both describe {row.file}; expected one")
-        seen[row.file] = row.number
+        if not row.file:
+            raise DataError(f"{path}, line {row.number}: expected a file name, found none")
+        first = seen.setdefault(posix(row.file), row.number)
+        if first != row.number:
+            raise DataError(f"{path}: expected one row for {row.file}, found lines {first} and {row.number}")
     return rows, notes
 
 
-def read_bytes(path: Path) -> bytes:
-    """The bytes of a caption file of a sane size. Raises DataError."""
+def read_text(path: Path) -> tuple[str, str]:
+    """(text, name of its encoding) of a caption file of a sane size. Raises DataError."""
     try:
+        if not path.exists():
+            raise DataError(f"{path}: no such file; expected captions")
+        if not path.is_file():
+            raise DataError(f"{path}: expected a file of captions, found a folder or a device")
         if path.stat().st_size > MAX_FILE_BYTES:
-            raise DataError(f"{path}: expected captions of at most 64 MiB, found {path.stat().st_size:,} bytes")
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file; expected captions") from None
+            size = f"{path.stat().st_size:,} bytes"
+            raise DataError(f"{path}: expected captions of at most {MAX_FILE_BYTES:,} bytes, found {size}")
+        return decode(path, path.read_bytes())
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
 
+def posix(file: str) -> str:
+    """A file name of a row with one way to write it: forward slashes, no leading or doubled `./`."""
+    return PurePosixPath(file.replace("\\", "/")).as_posix()
+
+
 def _csv(path: Path, text: str, notes: list[str]) -> list[Row]:
-    csv.field_size_limit(MAX_FILE_BYTES)
-    lines = _parse(path, text, _delimiter(text))
-    if not lines:
-        raise DataError(f"{path}: expected rows of a file name and a caption, found none")
-    names = [cell.strip().lower() for cell in lines[0][1]]
-    file_at = next((names.index(n) for n in FILE_COLUMNS if n in names), None)
-    text_at = next((names.index(n) for n in TEXT_COLUMNS if n in names), None)
+    delimiter = _delimiter(text)
+    lines = _parse(path, text, delimiter)
+    names = [cell.strip().lower() for cell in lines[0][1]] if lines else []
+    file_at = next((names.index(name) for name in FILE_COLUMNS if name in names), None)
+    text_at = next((names.index(name) for name in TEXT_COLUMNS if name in names), None)
+    if file_at == 0 and text_at is None:
+        raise DataError(f"{path}: expected a column {' or '.join(TEXT_COLUMNS)}, found {', '.join(names)}")
     if file_at is None or text_at is None:
-        return [_plain_row(path, number, cells) for number, cells in lines]
-    others = [n for i, n in enumerate(names) if i not in (file_at, text_at) and n]
+        return [_plain_row(path, number, cells, delimiter) for number, cells in lines]
+    others = [name for at, name in enumerate(names) if at not in (file_at, text_at) and name]
     if others:
         notes.append(f"{path.name}: columns not used: {', '.join(others)}")
-    return [_headed_row(path, number, cells, file_at, text_at) for number, cells in lines[1:]]
+    for number, cells in lines[1:]:
+        if len(cells) <= max(file_at, text_at) or any(cells[len(names) :]):
+            wanted = f"expected {len(names)} columns, found {len(cells)}; put captions with a {delimiter!r} in quotes"
+            raise DataError(f"{path}, line {number}: {wanted}")
+    return [Row(number, cells[file_at].strip(), clean(cells[text_at])) for number, cells in lines[1:]]
 
 
 def _parse(path: Path, text: str, delimiter: str) -> list[tuple[int, list[str]]]:
-    """(line number, cells) of each row that is not empty."""
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
+    """(line where it starts, cells) of each row that is not empty."""
+    # Excel for Mac ends lines with CR; spaces after a closing quote are no part of the format, but people leave them.
+    lines = "\n".join(line.rstrip(" ") for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n"))
+    reader = csv.reader(io.StringIO(lines), delimiter=delimiter, skipinitialspace=True, strict=True)
     rows, before = [], 0
     try:
         for cells in reader:
@@ -77,42 +96,30 @@ def _parse(path: Path, text: str, delimiter: str) -> list[tuple[int, list[str]]]
                 rows.append((before + 1, cells))
             before = reader.line_num
     except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num}: not valid CSV: {error}") from None
+        raise DataError(f"{path}, line {before + 1}: not valid CSV: {error}") from None
     return rows
 
 
-def _plain_row(path: Path, number: int, cells: list[str]) -> Row:
-    """Without a header: a file name, and all the rest is its caption, commas included."""
+def _plain_row(path: Path, number: int, cells: list[str], delimiter: str) -> Row:
+    """Without a header: a file name, and all the rest is its caption, unquoted delimiters included."""
     if len(cells) < 2:
-        raise DataError(
-            f'{path}, line {number}: expected a file name and a caption (img01.jpg,"a cat"), found {cells[0]!r}'
-        )
-    return Row(number, cells[0].strip(), ", ".join(cell.strip() for cell in cells[1:]).strip(" ,"))
-
-
-def _headed_row(path: Path, number: int, cells: list[str], file_at: int, text_at: int) -> Row:
-    if len(cells) <= max(file_at, text_at):
-        raise DataError(f"{path}, line {number}: expected {max(file_at, text_at) + 1} columns, found {len(cells)}")
-    return Row(number, cells[file_at].strip(), cells[text_at].strip())
+        wanted = 'expected a file name and a caption (img01.jpg,"a cat")'
+        raise DataError(f"{path}, line {number}: {wanted}, found {cells[0][:80]!r}")
+    caption = f"{delimiter} ".join(cell.strip() for cell in cells[1:])
+    return Row(number, cells[0].strip(), clean(caption.rstrip(f"{delimiter} ")))
 
 
 def _delimiter(text: str) -> str:
-    """Of comma, semicolon and tab the one that most first lines have; comma where in doubt."""
-    lines = [line for line in text.split("\n", 50)[:50] if line.strip()]
-    counts = {mark: sum(mark in _outside_quotes(line) for line in lines) for mark in (",", ";", "\t")}
-    return max(counts, key=lambda mark: (counts[mark], mark == ","))
-
-
-def _outside_quotes(line: str) -> str:
-    return "".join(line.split('"')[::2])
+    """What ends the first cell: comma, semicolon or tab."""
+    first = text.lstrip().split("\n", 1)[0]
+    outside_quotes = "".join(first.split('"')[::2])
+    return next((mark for mark in outside_quotes if mark in ",;\t"), ",")
 
 
 def _jsonl(path: Path, text: str) -> list[Row]:
-    rows = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        if line.strip():
-            rows.append(_json_row(path, number, line))
-    return rows
+    # Not splitlines: JSON strings may hold the other line separators of Unicode.
+    lines = enumerate(text.split("\n"), start=1)
+    return [_json_row(path, number, line) for number, line in lines if line.strip()]
 
 
 def _json_row(path: Path, number: int, line: str) -> Row:
@@ -122,9 +129,15 @@ def _json_row(path: Path, number: int, line: str) -> Row:
         raise DataError(f"{path}, line {number}: not valid JSON: {str(error).splitlines()[0]}") from None
     file, caption = _first(entry, FILE_COLUMNS), _first(entry, TEXT_COLUMNS)
     if not isinstance(file, str) or not isinstance(caption, str):
-        raise DataError(f'{path}, line {number}: expected {{"file_name": …, "text": …}}, found {line.strip()[:80]}')
-    return Row(number, file.strip(), caption.strip())
+        wanted = 'expected {"file_name": "…", "text": "…"}'
+        raise DataError(f"{path}, line {number}: {wanted}, found {line.strip()[:80]}")
+    return Row(number, file.strip(), clean(caption))
 
 
 def _first(entry: object, names: Iterable[str]) -> object:
     return next((entry[name] for name in names if name in entry), None) if isinstance(entry, dict) else None
+
+
+def clean(caption: str) -> str:
+    """A caption on one line, with single spaces, as the tokenizer sees it."""
+    return " ".join(caption.split())

@@ -12,13 +12,14 @@ from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
 
 from lora_trainer.errors import DataError
 
-IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"))
-MAX_PIXELS = 150_000_000
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+MAX_PIXELS = 200_000_000
 
 # Only these decoders are tried, whatever the suffix says. Others reach further than a picture should: EPS
 # starts Ghostscript.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 _READABLE = "JPEG, PNG, WebP, BMP, GIF, TIFF"
+_TOO_LARGE = f"has too many pixels to be safe: expected at most {MAX_PIXELS:,}"
 _ORIENTATION = 0x0112
 _TIFF_WIDTH, _TIFF_HEIGHT = 256, 257
 _UPRIGHT = {
@@ -75,20 +76,19 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     try:
         with Image.open(path, formats=_FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise ImageError(path, _too_large(f"{image.width} x {image.height}"))
+                raise ImageError(path, f"{_TOO_LARGE}, found {image.width}×{image.height}")
             yield image
     except ImageError:
         raise
-    except FileNotFoundError as error:
-        raise ImageError(path, "no such file") from error
     except UnidentifiedImageError as error:
         empty = path.stat().st_size == 0
-        raise ImageError(path, "the file is empty" if empty else f"not a {_READABLE} image") from error
+        raise ImageError(path, "is empty" if empty else f"is no picture that is read ({_READABLE})") from error
     except Image.DecompressionBombError as error:
-        raise ImageError(path, _too_large("far more")) from error
+        # Pillow's own limit, which a host may have moved, comes before the size is known here.
+        raise ImageError(path, f"{_TOO_LARGE}, found more") from error
     except Exception as error:
         # Decoders raise nearly anything on damaged bytes: OSError, SyntaxError, struct.error, KeyError, ….
-        raise ImageError(path, f"cannot be decoded ({_one_line(error)})") from error
+        raise ImageError(path, f"cannot be decoded: {_one_line(error)}") from error
 
 
 @contextmanager
@@ -132,16 +132,12 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Modes I;16, I and F as L. An integer picture has 16 bits unless its values say 32; a float one reaches
-    up to 1, 255 or 65535, the least that holds its values."""
-    values = np.asarray(image).astype(np.float64)
-    if not np.isfinite(values).all():
-        raise ValueError("values that are not finite")
-    full = (1, 255, 65535) if image.mode == "F" else (65535, 2**32 - 1)
+    """Modes I;16, I and F as L. White is the least usual maximum that holds all values (65535; for floats 1,
+    255, 65535), else the greatest value. Negative values and NaN are black."""
+    values = np.nan_to_num(np.asarray(image).astype(np.float64))
+    usual = (1.0, 255.0, 65535.0) if image.mode == "F" else (65535.0,)
     highest = values.max()
-    white = next((top for top in full if highest <= top), None)
-    if white is None:
-        raise ValueError(f"values up to {highest:g}, expected at most {full[-1]}")
+    white = next((top for top in usual if highest <= top), highest)
     scaled = np.clip(values / white, 0, 1) * 255
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
@@ -169,9 +165,7 @@ def _srgb(image: Image.Image, profile: bytes) -> Image.Image:
         return image
 
 
-def _too_large(size: str) -> str:
-    return f"too large: {size} pixels, at most {MAX_PIXELS // 1_000_000} million are decoded"
-
-
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    """An OSError's own words without its path, else the first line, else the kind of error."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return text.splitlines()[0]

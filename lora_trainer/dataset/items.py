@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from lora_trainer.dataset.captions import read_bytes, read_metadata
-from lora_trainer.dataset.encodings import decode
+from lora_trainer.dataset.captions import clean, posix, read_metadata, read_text
 from lora_trainer.dataset.images import IMAGE_SUFFIXES
 from lora_trainer.errors import DataError
 
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl")
 SIDECARS = (".txt", ".caption")
-_CAMERA = re.compile(
-    r"^(img|dsc[fn]?|pxl|image|photo|pic|screenshot|download|file|untitled)?[\d\s_().-]*$", re.IGNORECASE
+# Pictures of kinds that are not read, which it would be wrong to pass over in silence.
+OTHER_PICTURES = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".psd", ".svg", ".tga", ".dng", ".cr2", ".nef")
+# Names that cameras and programs give say nothing about the picture: IMG_0001, DSC1234, 20240101_120000.
+_NAMELESS = re.compile(
+    r"(img|mvimg|dsc[fn]?|pxl|image|photo|pic|screenshot|download|file|untitled)?[\d\s_().-]*", re.IGNORECASE
 )
+
+Captions = dict[Path, tuple[str, str]]
+"""Of each picture its caption and where that comes from."""
 
 
 @dataclass(frozen=True)
@@ -34,110 +40,112 @@ class Scan:
 
     items: tuple[Item, ...]
     notes: tuple[str, ...]
-    skipped: tuple[str, ...] = ()
+    skipped: tuple[str, ...]
 
 
 def scan(folder: Path, *, metadata: Path | None = None, trigger_words: str = "") -> Scan:
     """The pictures of `folder` and of its direct sub-folders, with captions.
 
-    Captions come from `metadata`, else metadata.csv or metadata.jsonl in the folder, else .txt or .caption files
-    beside the pictures, else, when no picture has any, from file names. Raises DataError.
+    Captions come from `metadata`, else metadata.csv or metadata.jsonl in the folder; where it has none for a
+    picture, from a .txt or .caption file beside it; when no picture has any, from file names. Raises DataError.
     """
-    images = _images(folder)
+    files = _files(folder)
+    images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+    if not images:
+        kinds = " ".join(sorted(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES))
+        raise DataError(f"{folder}: expected pictures ({kinds}), found none among {len(files)} files")
     notes: list[str] = []
     captions = _from_metadata(folder, metadata, images, notes)
-    for image in images:
-        if image not in captions:
-            sidecar = _sidecar(image)
-            if sidecar is not None:
-                captions[image] = sidecar
+    _add_sidecars(captions, images, notes)
     if not captions:
         captions = {image: (_from_name(image), "file name") for image in images}
-        example = images[0]
         notes.append(
-            f"{folder}: no captions found, so file and folder names are used ({example.name} is "
-            f'"{captions[example][0]}"); a metadata.csv with real captions trains better'
+            f"{folder}: no captions found, so file and folder names are used ({images[0].name} is "
+            f'"{captions[images[0]][0]}"); a metadata.csv with real captions trains better'
         )
     _refuse_gaps(folder, images, captions)
     items = [Item(image, with_trigger(captions[image][0], trigger_words), captions[image][1]) for image in images]
-    return Scan(tuple(items), tuple(notes))
+    others = [file for file in files if file.suffix.lower() in OTHER_PICTURES]
+    skipped = tuple(f"{file}: {file.suffix} pictures are not read; save it as PNG or JPEG" for file in others)
+    return Scan(tuple(items), tuple(notes), skipped)
 
 
 def with_trigger(caption: str, words: str) -> str:
     """`caption` led by `words`, unless it has them already."""
-    words = words.strip()
+    words = words.strip(" ,")
     if not words or re.search(rf"(?<!\w){re.escape(words)}(?!\w)", caption, re.IGNORECASE):
         return caption
     return f"{words}, {caption}" if caption else words
 
 
-def _images(folder: Path) -> list[Path]:
-    if not folder.exists():
-        raise DataError(f"{folder}: no such folder; expected pictures to train on")
-    if not folder.is_dir():
-        raise DataError(f"{folder}: expected a folder of pictures, found a file")
+def _files(folder: Path) -> list[Path]:
+    """The visible files of `folder` and its direct sub-folders, in an order that no locale changes."""
     try:
-        folders = [folder, *(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))]
-        files = [entry for place in folders for entry in place.iterdir()]
+        if not folder.exists():
+            raise DataError(f"{folder}: no such folder; expected pictures to train on")
+        if not folder.is_dir():
+            raise DataError(f"{folder}: expected a folder of pictures, found a file")
+        visible = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+        below = [file for entry in visible if entry.is_dir() for file in entry.iterdir()]
+        files = [file for file in (*visible, *below) if file.is_file() and not file.name.startswith(".")]
     except OSError as error:
-        raise DataError(f"{folder}: cannot be read: {error.strerror}") from None
-    images = [
-        entry
-        for entry in files
-        if entry.suffix.lower() in IMAGE_SUFFIXES and not entry.name.startswith(".") and entry.is_file()
-    ]
-    if not images:
-        kinds = " ".join(sorted(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES))
-        raise DataError(f"{folder}: expected pictures ({kinds}), found none among {len(files)} entries")
-    return sorted(images, key=lambda image: image.relative_to(folder).as_posix())
+        raise DataError(f"{error.filename or folder}: cannot be read: {error.strerror}") from None
+    return sorted(files, key=lambda file: file.relative_to(folder).as_posix())
 
 
-def _from_metadata(
-    folder: Path, metadata: Path | None, images: Sequence[Path], notes: list[str]
-) -> dict[Path, tuple[str, str]]:
+def _from_metadata(folder: Path, metadata: Path | None, images: Sequence[Path], notes: list[str]) -> Captions:
     found = metadata or next((folder / name for name in METADATA_NAMES if (folder / name).is_file()), None)
     if found is None:
         return {}
     rows, said = read_metadata(found)
     notes.extend(said)
-    by_name = {image.relative_to(folder).as_posix(): image for image in images}
+    by_name = {_normal(image.relative_to(folder).as_posix()): image for image in images}
     missing, captions = [], {}
     for row in rows:
-        image = by_name.get(_relative(found, row.number, row.file))
+        image = by_name.get(_normal(_inside(found, row.number, row.file)))
         if image is None:
             missing.append(f"line {row.number}: {row.file}")
         elif row.caption:
             captions[image] = (row.caption, found.name)
     if missing:
-        raise DataError(
-            f"{found}: {len(missing)} of {len(rows)} rows name pictures that are not in {folder} ({_few(missing)})"
-        )
+        count = f"{len(missing)} of {len(rows)} rows"
+        raise DataError(f"{found}: {count} name pictures that are not in {folder} ({_few(missing)})")
     return captions
 
 
-def _relative(metadata: Path, number: int, file: str) -> str:
-    """The normal form of a file name in a row, which must stay inside the folder. Raises DataError."""
-    path = PurePosixPath(file.replace("\\", "/"))
-    if path.is_absolute() or ".." in path.parts or (path.parts and ":" in path.parts[0]) or "\0" in file:
-        raise DataError(f"{metadata}, line {number}: expected a name inside the folder, found {file!r}")
+def _normal(name: str) -> str:
+    """macOS writes accents and kana marks as characters of their own, other systems do not."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _inside(metadata: Path, number: int, file: str) -> str:
+    """The file name of a row, relative to the folder it must stay in. Raises DataError."""
+    path = PurePosixPath(posix(file))
+    if path.is_absolute() or ".." in path.parts or re.match(r"[A-Za-z]:", file):
+        raise DataError(f"{metadata}, line {number}: expected a name inside the folder, found {file}")
     return path.as_posix()
 
 
-def _sidecar(image: Path) -> tuple[str, str] | None:
-    for suffix in SIDECARS:
-        for beside in (image.with_suffix(suffix), image.with_name(image.name + suffix)):
-            if beside.is_file():
-                text, _ = decode(beside, read_bytes(beside))
-                caption = " ".join(text.split())
-                return (caption, beside.suffix) if caption else None
-    return None
+def _add_sidecars(captions: Captions, images: Sequence[Path], notes: list[str]) -> None:
+    """Fill the gaps of `captions` from the text files beside the pictures."""
+    for image in images:
+        places = [place for suffix in SIDECARS for place in (image.with_suffix(suffix), Path(f"{image}{suffix}"))]
+        for place in places:
+            if image in captions or not place.is_file():
+                continue
+            text, encoding = read_text(place)
+            if encoding != "UTF-8":
+                notes.append(f"{place.name}: read as {encoding}")
+            if text.strip():
+                captions[image] = (clean(text), place.suffix)
 
 
 def _from_name(image: Path) -> str:
-    words = re.sub(r"[\s_-]+", " ", re.sub(r"[\s_-]*\(?\d+\)?$", "", image.stem)).strip()
-    if _CAMERA.match(image.stem) or not words:
-        words = re.sub(r"[\s_-]+", " ", re.sub(r"^\d+_", "", image.parent.resolve().name)).strip()
-    return words
+    """The words of a file name without its number, or the folder's name where it has none."""
+    words = re.sub(r"[\s_-]*\(?\d+\)?$", "", re.sub(r"^\d+[\s_-]+", "", image.stem))
+    if _NAMELESS.fullmatch(image.stem) or not words:
+        words = re.sub(r"^\d+_", "", image.absolute().parent.name)
+    return clean(re.sub(r"[_-]+", " ", words))
 
 
 def _refuse_gaps(folder: Path, images: Sequence[Path], captions: Mapping[Path, tuple[str, str]]) -> None:

@@ -146,7 +146,11 @@ def test_files_that_are_no_checkpoint(settings, tmp_path, capsys):
     for name, data in other.items():
         (tmp_path / name).write_bytes(data)
     save_file({"a": state["model.diffusion_model.out.2.bias"]}, tmp_path / "strange.safetensors")
-    sdxl = {"conditioner.embedders.0.transformer.text_model.embeddings.position_embedding.weight": state["model.diffusion_model.out.2.bias"]}
+    sdxl = {
+        "conditioner.embedders.0.transformer.text_model.embeddings.position_embedding.weight": state[
+            "model.diffusion_model.out.2.bias"
+        ]
+    }
     save_file(sdxl, tmp_path / "xl.safetensors")
     whole = Path(settings["base_model"]).read_bytes()
     (tmp_path / "short.safetensors").write_bytes(whole[: len(whole) // 2])

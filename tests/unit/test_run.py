@@ -50,10 +50,18 @@ def test_two_processes_write_the_same_bytes(settings, tmp_path):
     for n in (1, 2):
         out = tmp_path / f"process{n}"
         arguments = [f"{k}={v}" for k, v in {**settings, "output_dir": "out"}.items()]
-        environment = {**os.environ, "SOURCE_DATE_EPOCH": "1700000000", "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": str(n)}
+        environment = {
+            **os.environ,
+            "SOURCE_DATE_EPOCH": "1700000000",
+            "PYTHONPATH": str(ROOT),
+            "PYTHONHASHSEED": str(n),
+        }
         out.mkdir()
         done = subprocess.run(
-            [sys.executable, "-m", "lora_trainer.cli", "train", *arguments], cwd=out, env=environment, capture_output=True
+            [sys.executable, "-m", "lora_trainer.cli", "train", *arguments],
+            cwd=out,
+            env=environment,
+            capture_output=True,
         )
         assert done.returncode == 0, done.stderr.decode()
         files.append((out / "out" / "tiny.safetensors").read_bytes())
@@ -115,9 +123,7 @@ def test_batch_and_accumulation_are_the_same_mathematics(settings):
     """An update over the whole epoch is the same however it is cut: 6 = 3 x 2 = 1 x 6, dropout and padding too."""
     whole = []
     for size, accumulation in ((6, 1), (4, 2), (3, 2), (1, 6)):
-        events, _ = train(
-            settings, batch_size=size, gradient_accumulation_steps=accumulation, resolution=64, epochs=1
-        )
+        events, _ = train(settings, batch_size=size, gradient_accumulation_steps=accumulation, resolution=64, epochs=1)
         (step,) = of(events, StepDone)
         whole.append(step)
     assert all(abs(step.loss - whole[0].loss) < 1e-5 for step in whole)

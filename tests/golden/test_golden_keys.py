@@ -1,0 +1,89 @@
+"""Full-size Stable Diffusion 1.5: our names and shapes are those that kohya's own code gives (rank 8).
+
+The lists were recorded from sd-scripts' networks/lora.py over its own UNet and transformers' CLIP.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from lora_trainer.adapters.inject import inject
+from lora_trainer.adapters.naming import TEXT_PREFIX, UNET_PREFIX, Factors, to_kohya
+from lora_trainer.adapters.targets import select
+from tests.ldm import SD15_UNET
+
+HERE = Path(__file__).parent
+RANK = 8
+
+
+def golden(name: str) -> set[str]:
+    return set((HERE / name).read_text().splitlines())
+
+
+def described(prefix: str, factors: dict[str, Factors]) -> set[str]:
+    tensors = to_kohya(prefix, factors)
+    names = {name.rsplit(".lora_down", 1)[0] for name in tensors if ".lora_down." in name}
+    assert len(tensors) == 3 * len(names)
+    assert all(tensors[f"{name}.alpha"].item() == 16 for name in names)
+
+    def shape(name: str) -> str:
+        return str(list(tensors[name].shape)).replace(" ", "")
+
+    return {f"{n} {shape(n + '.lora_down.weight')} {shape(n + '.lora_up.weight')}" for n in names}
+
+
+def shapes_of(module: nn.Module) -> Factors:
+    if isinstance(module, nn.Conv2d):
+        down = torch.empty(RANK, module.in_channels, *module.kernel_size, device="meta")
+        return Factors(down, torch.empty(module.out_channels, RANK, 1, 1, device="meta"), 16.0)
+    down = torch.empty(RANK, module.in_features, device="meta")
+    return Factors(down, torch.empty(module.out_features, RANK, device="meta"), 16.0)
+
+
+@pytest.fixture(scope="module")
+def unet():
+    with torch.device("meta"):
+        return UNet2DConditionModel(**SD15_UNET)
+
+
+@pytest.mark.parametrize(("sets", "count"), [(["default"], 192), (["default", "conv"], 278)])
+def test_unet_names_are_kohyas(unet, sets, count):
+    names = select(unet, sets)
+    assert len(names) == count
+    factors = {name: shapes_of(unet.get_submodule(name)) for name in names}
+    assert described(UNET_PREFIX, factors) == golden(f"sd15_unet_{count}.txt")
+
+
+def test_what_peft_injects_has_these_shapes(unet):
+    """A convolution's factors come from PEFT's own layers."""
+    with torch.device("meta"):
+        small = UNet2DConditionModel(
+            **{**SD15_UNET, "block_out_channels": (32, 64, 128, 128), "cross_attention_dim": 32}
+        )
+    small = small.to_empty(device="cpu").requires_grad_(False)
+    names = select(small, ["default", "conv"])
+    adapter = inject(small, names, rank=RANK, alpha=16.0, generator=lambda name: torch.Generator().manual_seed(0))
+    modules = {name: layer.get_base_layer() for name, layer in adapter.layers.items()}
+    assert described(UNET_PREFIX, adapter.factors()) == described(
+        UNET_PREFIX, {name: shapes_of(module) for name, module in modules.items()}
+    )
+
+
+def test_text_encoder_names_are_kohyas():
+    config = CLIPTextConfig(
+        vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
+    )
+    with torch.device("meta"):
+        text = CLIPTextModel(config)
+    linear = {
+        name: shapes_of(module)
+        for name, module in text.named_modules()
+        if isinstance(module, nn.Linear) and ".layers." in name
+    }
+    assert described(TEXT_PREFIX, linear) == golden("sd15_te_72.txt")
