@@ -17,12 +17,13 @@ from lora_trainer.dataset.images import load_image
 from lora_trainer.dataset.prepare import Sample
 from lora_trainer.draw import save_picture
 from lora_trainer.errors import DataError
-from lora_trainer.events import EventSink, Finished, Progress, Saved
+from lora_trainer.events import AnyEvent, EventSink, Finished, Notice, Progress, Saved, StepDone
 from lora_trainer.hosts.standalone import device_of, open_model, train
 from lora_trainer.models.model import Model
 from lora_trainer.sampling import Recipe, apply_lora, generate
 from lora_trainer.sheet import contact_sheet
 from lora_trainer.training import data
+from lora_trainer.training.data import Items
 from lora_trainer.training.dropout import LoraDropout
 from lora_trainer.training.objectives import mse
 from lora_trainer.training.precision import Precision
@@ -30,9 +31,8 @@ from lora_trainer.training.step import Network
 from lora_trainer.training.validation import Validator
 
 WORLD = Path(__file__).parent.parent / "demo"
-COLUMNS = 10
-# The tiny model's kernels are too small to share between threads: one is a third faster than two.
-THREADS = 1
+COLUMNS = 9
+DRAWING_STEPS = 20
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Evidence:
     lora: float
     shuffled_captions: float
     weight_0_is_base: bool
-    train_seconds: float
+    training_seconds: float
 
     @property
     def gain(self) -> float:
@@ -58,7 +58,7 @@ def demo_config(out: Path, **changes: object) -> Config:
     settings = dict(read_file(WORLD / "style.yaml"))
     for key in ("train_data_dir", "metadata_path", "base_model", "validation_data_dir"):
         settings[key] = str(WORLD / settings[key])
-    return build(settings, {"output_dir": str(out), "cpu_threads": THREADS, "overwrite": True}, changes)
+    return build(settings, {"output_dir": str(out), "overwrite": True}, changes)
 
 
 def run_demo(out: Path, sink: EventSink) -> Finished:
@@ -67,44 +67,54 @@ def run_demo(out: Path, sink: EventSink) -> Finished:
     Raises UserError.
     """
     config = demo_config(out)
-    finished = train(config, sink)
+    seconds: list[float] = []
+
+    def watch(event: AnyEvent) -> None:
+        if isinstance(event, StepDone):
+            seconds.append(event.seconds)
+        sink(event)
+
+    finished = train(config, watch)
     if finished.state != "done":
         return finished
-    evidence, sheet = prove(config, Path(finished.output[0]), finished.seconds, sink)
+    evidence, sheet = prove(config, finished, sum(seconds), sink)
     lines = report(evidence, finished)
     save_picture(sheet, out / "sheet.png")
     publish(("\n".join(lines) + "\n").encode(), out / "report.md")
     publish(json.dumps(asdict(evidence) | {"gain": evidence.gain}, indent=2).encode(), out / "report.json")
+    for line in lines[2:-2]:
+        sink(Notice(text=line))
     for name, kind in (("sheet.png", "sample"), ("report.md", "report")):
         sink(Saved(path=str(out / name), step=finished.steps, kind=kind))
     return finished
 
 
-def prove(config: Config, lora: Path, seconds: float, sink: EventSink) -> tuple[Evidence, Image.Image]:
-    """Measure and draw with the file as it was written."""
+def prove(config: Config, finished: Finished, seconds: float, sink: EventSink) -> tuple[Evidence, Image.Image]:
+    """Measure and draw with the file as it was written; `seconds` were spent in training steps."""
     device = device_of(config.device)
     model = open_model(Path(config.base_model), device)
-    items = data.find(config, lambda event: None)
-    held_out = data.load(replace(items, train=items.held_out[:1]), config, model, sink=sink, stop=lambda: False)
-    samples = held_out.held_out.samples
+    items = data.find(config, lambda event: None).held_out
+    samples = data.load(Items(items, ()), config, model, sink=sink, stop=lambda: False).train.samples
     network = Network(model.unet, model.noise, mse, Precision(device, torch.float32), LoraDropout({}, 0.0))
-    heads = [sample.item.caption.split(" of ", 1)[-1] for sample in samples[:COLUMNS]]
-    base = Validator(samples).loss(network)
-    rows = [("base", _draw(model, samples, sink))]
-    adapter = apply_lora(model, lora)
+    shown = samples[:: max(1, len(samples) // COLUMNS)][:COLUMNS]
+    rows = [("base", _draw(model, shown, sink))]
+    adapter = apply_lora(model, Path(finished.output[0]))
     with adapter.weight(0.0):
-        exact = _draw(model, samples[:1], sink)[0].tobytes() == rows[0][1][0].tobytes()
+        exact = _draw(model, shown[:1], sink)[0].tobytes() == rows[0][1][0].tobytes()
     with adapter.weight(0.5):
-        rows.append(("LoRA\nat 0.5", _draw(model, samples, sink)))
-    rows.append(("LoRA\nat 1.0", _draw(model, samples, sink)))
-    rows.append(("real icons\n(held out)", [load_image(sample.item.path) for sample in samples[:COLUMNS]]))
+        rows.append(("LoRA\nat 0.5", _draw(model, shown, sink)))
+    rows.append(("LoRA\nat 1.0", _draw(model, shown, sink)))
+    rows.append(("real icons\n(held out)", [load_image(sample.item.path) for sample in shown]))
+    sink(Progress(stage="shuffling captions", done=0, total=1))
     evidence = Evidence(
-        base=base,
-        lora=Validator(samples).loss(network),
+        base=finished.validation_base,
+        lora=finished.validation_lora,
         shuffled_captions=Validator(shuffled(samples)).loss(network),
         weight_0_is_base=exact,
-        train_seconds=seconds,
+        training_seconds=seconds,
     )
+    sink(Progress(stage="shuffling captions", done=1, total=1))
+    heads = [sample.item.caption.split(" of ", 1)[-1] for sample in shown]
     return evidence, contact_sheet(rows, heads)
 
 
@@ -119,7 +129,8 @@ def report(evidence: Evidence, finished: Finished) -> list[str]:
     return [
         "# Demo report",
         "",
-        f"Trained {finished.steps} steps in {evidence.train_seconds:.0f} s, preparing and validating included.",
+        f"{finished.steps} steps took {evidence.training_seconds:.0f} s; with preparing and validating "
+        f"{finished.seconds:.0f} s.",
         "",
         "| held-out loss (64 icons never trained on, fixed noise and timesteps) | |",
         "|---|---|",
@@ -135,10 +146,11 @@ def report(evidence: Evidence, finished: Finished) -> list[str]:
 
 
 def _draw(model: Model, samples: Sequence[Sample], sink: EventSink) -> list[Image.Image]:
-    prompts = [sample.item.caption for sample in samples[:COLUMNS]]
-    size = (samples[0].bucket.width, samples[0].bucket.height)
+    bucket = samples[0].bucket
+    recipe = Recipe((bucket.width, bucket.height), steps=DRAWING_STEPS)
+    precision = Precision(model.facts.device, model.facts.dtype)
     pictures = []
-    for prompt in prompts:
-        pictures += generate(model, [prompt], Recipe(size), Precision(model.facts.device, model.facts.dtype))
-        sink(Progress(stage="drawing", done=len(pictures), total=len(prompts)))
+    for sample in samples:
+        pictures += generate(model, [sample.item.caption], recipe, precision)
+        sink(Progress(stage="drawing", done=len(pictures), total=len(samples)))
     return pictures

@@ -19,7 +19,7 @@ def checkpoint(tmp_path_factory) -> Path:
     return tiny_checkpoint(tmp_path_factory.mktemp("model"))
 
 
-@pytest.fixture()
+@pytest.fixture
 def pictures(tmp_path) -> Path:
     """Six pictures of 64 to 128 px in two shapes, captioned in metadata.csv."""
     folder = tmp_path / "pictures"
@@ -34,7 +34,7 @@ def pictures(tmp_path) -> Path:
     return folder
 
 
-@pytest.fixture()
+@pytest.fixture
 def settings(checkpoint, pictures, tmp_path) -> dict:
     """A config that trains in a second."""
     return {

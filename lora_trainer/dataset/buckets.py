@@ -55,11 +55,12 @@ def place(size: tuple[int, int], resolution: int, *, allow_upscaling: bool = Fal
     """Where a picture of `size` (width, height) goes: the bucket of the nearest aspect ratio, cut centrally.
 
     Without upscaling a picture smaller than that bucket gets the largest one that fits inside it.
-    Raises ValueError for a side under 64 pixels.
+    Raises ValueError for a side under 64 pixels that may not be enlarged.
     """
     width, height = size
-    if min(size) < STEP:
-        raise ValueError(f"is too small: expected at least {STEP} pixels a side, found {width}×{height}")
+    if min(size) < STEP and not allow_upscaling:
+        found = f"found {width}×{height}; allow_upscaling=true enlarges it"
+        raise ValueError(f"is too small: expected at least {STEP} pixels a side, {found}")
     bucket = _nearest(buckets(resolution), width, height)
     if not allow_upscaling and (width < bucket.width or height < bucket.height):
         bucket = _largest_inside(width, height, resolution)

@@ -96,7 +96,8 @@ def _parse(path: Path, text: str, delimiter: str) -> list[tuple[int, list[str]]]
                 rows.append((before + 1, cells))
             before = reader.line_num
     except csv.Error as error:
-        raise DataError(f"{path}, line {before + 1}: not valid CSV: {error}") from None
+        hint = '; inside quotes a quote is written ""' if '"' in str(error) or "end of data" in str(error) else ""
+        raise DataError(f"{path}, line {before + 1}: not valid CSV: {error}{hint}") from None
     return rows
 
 
@@ -131,6 +132,10 @@ def _json_row(path: Path, number: int, line: str) -> Row:
     if not isinstance(file, str) or not isinstance(caption, str):
         wanted = 'expected {"file_name": "…", "text": "…"}'
         raise DataError(f"{path}, line {number}: {wanted}, found {line.strip()[:80]}")
+    try:
+        f"{file}{caption}".encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{path}, line {number}: expected text, found half of a surrogate pair") from None
     return Row(number, file.strip(), clean(caption))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import unicodedata
 from pathlib import Path
 
 from lora_trainer.errors import DataError
@@ -18,6 +19,8 @@ _NATIONAL = {
     "GBK": ("gb18030", "gb2312", range(0xA1, 0xA4), range(0xB0, 0xD8), range(0xD8, 0xF8)),
     "Shift-JIS": ("cp932", "shift_jis", range(0x81, 0x82), range(0x82, 0x98), range(0x98, 0xEB)),
 }
+# A score that only everyday text reaches.
+_CLEAR = 0.5
 
 
 def decode(path: Path, data: bytes) -> tuple[str, str]:
@@ -26,9 +29,11 @@ def decode(path: Path, data: bytes) -> tuple[str, str]:
         if data.startswith(bom):
             return _decoded(path, data, codec, name)
     try:
-        return data.decode("utf-8"), "UTF-8"
+        utf8 = data.decode("utf-8")
     except UnicodeDecodeError:
-        pass
+        utf8 = None
+    if utf8 is not None and not _mixes_scripts(utf8):
+        return utf8, "UTF-8"
     scores: dict[str, float] = {}
     texts: dict[str, str] = {}
     for name, (codec, *_) in _NATIONAL.items():
@@ -38,6 +43,8 @@ def decode(path: Path, data: bytes) -> tuple[str, str]:
             continue
         scores[name] = _plausible(texts[name], name)
     best = max(scores, key=lambda name: scores[name], default=None)
+    if utf8 is not None and (best is None or scores[best] < _CLEAR):
+        return utf8, "UTF-8"
     if best is None or scores[best] <= 0:
         raise DataError(f"{path}: expected UTF-8, GBK or Shift-JIS text, found none of them; save it as UTF-8")
     return texts[best], best
@@ -48,6 +55,15 @@ def _decoded(path: Path, data: bytes, codec: str, name: str) -> tuple[str, str]:
         return data.decode(codec), name
     except UnicodeDecodeError:
         raise DataError(f"{path}: expected {name} text, as its first bytes say, found other bytes") from None
+
+
+def _mixes_scripts(text: str) -> bool:
+    """Whether all foreign characters are of two bytes, and their letters of several scripts. A few Chinese
+    characters of GBK can be valid UTF-8, but then look like this: 蔷薇 becomes a Latin and a Thaana letter."""
+    foreign = {character for character in text if ord(character) > 127}
+    if any(ord(character) > 0x7FF for character in foreign):
+        return False
+    return len({unicodedata.name(character, "").split(" ")[0] for character in foreign if character.isalpha()}) > 1
 
 
 def _plausible(text: str, name: str) -> float:

@@ -16,9 +16,11 @@ METADATA_NAMES = ("metadata.csv", "metadata.jsonl")
 SIDECARS = (".txt", ".caption")
 # Pictures of kinds that are not read, which it would be wrong to pass over in silence.
 OTHER_PICTURES = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".psd", ".svg", ".tga", ".dng", ".cr2", ".nef")
-# Names that cameras and programs give say nothing about the picture: IMG_0001, DSC1234, 20240101_120000.
+# Names that cameras and programs give say nothing about the picture: IMG_0001, DSC1234, 20240101_120000, a hash.
 _NAMELESS = re.compile(
-    r"(img|mvimg|dsc[fn]?|pxl|image|photo|pic|screenshot|download|file|untitled)?[\d\s_().-]*", re.IGNORECASE
+    r"(img|mvimg|dsc[fn]?|pxl|p|image|photo|pic|screenshot|download|file|untitled|mmexport|微信图片)?[\d\s_().-]*"
+    r"|whatsapp image .*|(?=.*\d)[0-9a-f-]{16,}",
+    re.IGNORECASE,
 )
 
 Captions = dict[Path, tuple[str, str]]
@@ -46,10 +48,11 @@ class Scan:
 def scan(folder: Path, *, metadata: Path | None = None, trigger_words: str = "") -> Scan:
     """The pictures of `folder` and of its direct sub-folders, with captions.
 
-    Captions come from `metadata`, else metadata.csv or metadata.jsonl in the folder; where it has none for a
-    picture, from a .txt or .caption file beside it; when no picture has any, from file names. Raises DataError.
+    Captions come from `metadata`, else metadata.csv or metadata.jsonl in the folder and sub-folders; where those
+    have none for a picture, from a .txt or .caption file beside it; when no picture has any, from file names.
+    Raises DataError.
     """
-    files = _files(folder)
+    files, skipped = _files(folder)
     images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
     if not images:
         kinds = " ".join(sorted(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES))
@@ -66,8 +69,8 @@ def scan(folder: Path, *, metadata: Path | None = None, trigger_words: str = "")
     _refuse_gaps(folder, images, captions)
     items = [Item(image, with_trigger(captions[image][0], trigger_words), captions[image][1]) for image in images]
     others = [file for file in files if file.suffix.lower() in OTHER_PICTURES]
-    skipped = tuple(f"{file}: {file.suffix} pictures are not read; save it as PNG or JPEG" for file in others)
-    return Scan(tuple(items), tuple(notes), skipped)
+    skipped += [f"{file}: {file.suffix} pictures are not read; save it as PNG or JPEG" for file in others]
+    return Scan(tuple(items), tuple(notes), tuple(skipped))
 
 
 def with_trigger(caption: str, words: str) -> str:
@@ -78,8 +81,9 @@ def with_trigger(caption: str, words: str) -> str:
     return f"{words}, {caption}" if caption else words
 
 
-def _files(folder: Path) -> list[Path]:
-    """The visible files of `folder` and its direct sub-folders, in an order that no locale changes."""
+def _files(folder: Path) -> tuple[list[Path], list[str]]:
+    """The visible files of `folder` and its direct sub-folders, in an order that no locale changes; and those
+    left out because their names are no text, so that no log or caption could hold them."""
     try:
         if not folder.exists():
             raise DataError(f"{folder}: no such folder; expected pictures to train on")
@@ -90,26 +94,40 @@ def _files(folder: Path) -> list[Path]:
         files = [file for file in (*visible, *below) if file.is_file() and not file.name.startswith(".")]
     except OSError as error:
         raise DataError(f"{error.filename or folder}: cannot be read: {error.strerror}") from None
-    return sorted(files, key=lambda file: file.relative_to(folder).as_posix())
+    named = {file.relative_to(folder).as_posix(): file for file in files}
+    shown = {name: name.encode(errors="backslashreplace").decode() for name in sorted(named)}
+    skipped = [f"{folder}: {text}: the file's name is not Unicode" for name, text in shown.items() if text != name]
+    return [named[name] for name, text in shown.items() if text == name], skipped
 
 
 def _from_metadata(folder: Path, metadata: Path | None, images: Sequence[Path], notes: list[str]) -> Captions:
-    found = metadata or next((folder / name for name in METADATA_NAMES if (folder / name).is_file()), None)
-    if found is None:
-        return {}
-    rows, said = read_metadata(found)
+    if metadata is not None:
+        return _from_rows(folder, metadata, images, notes)
+    captions: Captions = {}
+    # The folder's own file comes last, so that it overrides those of its sub-folders.
+    for place in sorted({folder, *(image.parent for image in images)}, reverse=True):
+        found = next((place / name for name in METADATA_NAMES if (place / name).is_file()), None)
+        if found is not None:
+            captions |= _from_rows(place, found, images, notes)
+    return captions
+
+
+def _from_rows(folder: Path, metadata: Path, images: Sequence[Path], notes: list[str]) -> Captions:
+    """The captions of `metadata`, whose rows name pictures relative to `folder`."""
+    rows, said = read_metadata(metadata)
     notes.extend(said)
-    by_name = {_normal(image.relative_to(folder).as_posix()): image for image in images}
+    inside = [image for image in images if image.is_relative_to(folder)]
+    by_name = {_normal(image.relative_to(folder).as_posix()): image for image in inside}
     missing, captions = [], {}
     for row in rows:
-        image = by_name.get(_normal(_inside(found, row.number, row.file)))
+        image = by_name.get(_normal(_inside(metadata, row.number, row.file)))
         if image is None:
             missing.append(f"line {row.number}: {row.file}")
         elif row.caption:
-            captions[image] = (row.caption, found.name)
+            captions[image] = (row.caption, metadata.name)
     if missing:
         count = f"{len(missing)} of {len(rows)} rows"
-        raise DataError(f"{found}: {count} name pictures that are not in {folder} ({_few(missing)})")
+        raise DataError(f"{metadata}: {count} name pictures that are not in {folder} ({_few(missing)})")
     return captions
 
 

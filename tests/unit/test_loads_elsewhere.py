@@ -21,7 +21,7 @@ PROMPT = "a picture of nothing"
 RECIPE = Recipe((64, 64), steps=4, guidance=3.0, seed=1)
 
 
-@pytest.fixture()
+@pytest.fixture
 def lora(settings, capsys) -> dict[str, Path]:
     """A LoRA strong enough to see, in both forms."""
     changes = {"learning_rate": 0.1, "epochs": 8, "lora_dropout": 0, "output_format": "both", "lora_alpha": 3}
