@@ -32,7 +32,7 @@ def decode(path: Path, data: bytes) -> tuple[str, str]:
         utf8 = data.decode("utf-8")
     except UnicodeDecodeError:
         utf8 = None
-    if utf8 is not None and not _mixes_scripts(utf8):
+    if utf8 is not None and not _looks_mixed(utf8):
         return utf8, "UTF-8"
     scores: dict[str, float] = {}
     texts: dict[str, str] = {}
@@ -57,13 +57,15 @@ def _decoded(path: Path, data: bytes, codec: str, name: str) -> tuple[str, str]:
         raise DataError(f"{path}: expected {name} text, as its first bytes say, found other bytes") from None
 
 
-def _mixes_scripts(text: str) -> bool:
-    """Whether all foreign characters are of two bytes, and their letters of several scripts. A few Chinese
-    characters of GBK can be valid UTF-8, but then look like this: 蔷薇 becomes a Latin and a Thaana letter."""
+def _looks_mixed(text: str) -> bool:
+    """Whether the foreign characters all take two bytes of UTF-8, and are of several scripts, one of them rare.
+    A few Chinese characters of GBK can be valid UTF-8, but then look like this: 蔷薇 becomes Ǿ and a Thaana letter.
+    """
     foreign = {character for character in text if ord(character) > 127}
     if any(ord(character) > 0x7FF for character in foreign):
         return False
-    return len({unicodedata.name(character, "").split(" ")[0] for character in foreign if character.isalpha()}) > 1
+    scripts = {unicodedata.name(c, "").split(" ")[0] if ord(c) >= 0x250 else "LATIN" for c in foreign}
+    return len(scripts) > 1 and not scripts <= {"LATIN", "GREEK", "CYRILLIC"}
 
 
 def _plausible(text: str, name: str) -> float:

@@ -112,7 +112,7 @@ def test_data_errors_are_one_line(settings, capsys):
     csv.unlink()
     for picture in folder.glob("*.png"):
         picture.unlink()
-    assert "found none among 0 entries" in refused(capsys, *arguments(settings))[0]
+    assert "found none among 0 files" in refused(capsys, *arguments(settings))[0]
 
 
 def test_a_truncated_picture_is_named_skipped_and_counted(settings, capsys):

@@ -46,7 +46,13 @@ def test_gbk_that_happens_to_be_valid_utf_8(tmp_path, text):
     assert decode(tmp_path, text.encode("gbk")) == (text, "GBK")
 
 
-@pytest.mark.parametrize("text", ["café, naïve, Ångström", "Жар-птица", "αβγ", "שלום", "5 µm, 20 °C × 3", "Å–B", "é"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("café, naïve, Ångström", "Жар-птица", "αβγ", "שלום", "5 µm, 20 °C × 3", "Å–B", "é"),
+        *("n.º 5 café", "α café", "Việt Nam ơ ư", "café שלום", "مرحبا é"),
+    ],
+)
 def test_utf_8_of_two_byte_characters_stays_utf_8(tmp_path, text):
     assert decode(tmp_path, text.encode()) == (text, "UTF-8")
 
