@@ -3,8 +3,8 @@
 usage: python tools/make_clip_tokenizer.py bpe_simple_vocab_16e6.txt.gz FOLDER
 
 The PyPI package open_clip_torch ships the .gz. The result is what transformers calls
-openai/clip-vit-large-patch14's tokenizer: 49,408 tokens, of which 256 bytes, 256 bytes at a word's end, 48,894
-merges and the two marks.
+openai/clip-vit-large-patch14's tokenizer: 49,408 tokens, of which 256 bytes, 256 bytes at a word's end,
+48,894 merges and the two marks.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ def bytes_as_characters() -> list[str]:
 
 
 def write(vocabulary: Path, folder: Path) -> None:
-    lines = gzip.open(vocabulary, "rt", encoding="utf-8").read().split("\n")[1 : MERGES + 1]
+    text = gzip.decompress(vocabulary.read_bytes()).decode("utf-8")
+    lines = text.split("\n")[1 : MERGES + 1]
     letters = bytes_as_characters()
     tokens = [
         *letters,

@@ -2,8 +2,8 @@
 
 usage: python datasets.py FOLDER DEMO_FOLDER
 
-FOLDER as for icons.py. The placebo has the words of the training set and another style's pictures: what a LoRA gains
-from it on the held-out icons is not the style.
+FOLDER as for icons.py. The placebo has the words of the training set and another style's pictures: what a
+LoRA gains from it on the held-out icons is not the style.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from icons import caption, icons, render, subjects
 TRAIN, HELD_OUT = 96, 64
 # The contact sheet shows the first held-out icons.
 SHOWN = (
-    "red-apple", "house", "penguin", "rocket", "red-heart", "tropical-fish", "sunflower", "pizza", "dog-face", "umbrella",
+    "red-apple", "house", "penguin", "rocket", "red-heart",
+    "tropical-fish", "sunflower", "pizza", "dog-face", "umbrella",
 )  # fmt: skip
 # Signs, marks and places that stand for an idea, and things that need letters to be read.
 _ABSTRACT = re.compile(

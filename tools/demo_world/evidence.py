@@ -2,8 +2,8 @@
 
 usage: python evidence.py DEMO_FOLDER SHEET.png [TRAINING_SETS …]
 
-The guide's settings: rank 8, alpha 16, dropout 0.1, AdamW 2e-4, batch 4 × 2, 10 epochs. Prints the loss on the
-held-out icons at 8 fixed timesteps with fixed noise: base, LoRA, shuffled captions, placebo.
+The guide's settings: rank 8, alpha 16, dropout 0.1, AdamW 2e-4, batch 4 × 2, 10 epochs. Prints the loss on
+the held-out icons at 8 fixed timesteps with fixed noise: base, LoRA, shuffled captions, placebo.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 usage: python export.py PARTS_FOLDER VAE.pt DEMO_FOLDER
 
-PARTS_FOLDER holds pretrain.py's unet-average-*.pt and text-average-0.pt. The names come from the trainer's own maps,
-read backwards; diffusers' converters are the oracle that they are right.
+PARTS_FOLDER holds pretrain.py's unet-average-*.pt and text-average-0.pt. The names come from the trainer's own
+maps, read backwards; diffusers' converters are the oracle that they are right.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ METADATA = {
     "modelspec.implementation": "sgm",
     "modelspec.title": "Emoji World",
     "modelspec.resolution": "128x128",
-    "modelspec.description": "A tiny Stable Diffusion 1 that draws icons: '<style> emoji of <words>', where the style "
-    "is noto, fluent or emojione. Its sizes are in the YAML beside it.",
-    "modelspec.license": "Apache-2.0; trained on Noto Emoji (Apache-2.0), Fluent Emoji (MIT) and EmojiOne 2 (CC-BY 4.0)",
+    "modelspec.description": "A tiny Stable Diffusion 1 that draws icons: '<style> emoji of <words>', "
+    "where the style is noto, fluent or emojione. Its sizes are in the YAML beside it.",
+    "modelspec.license": "Apache-2.0; trained on Noto Emoji (Apache-2.0), Fluent Emoji (MIT) and "
+    "EmojiOne 2 (CC-BY 4.0)",
 }
 _UNET_LAYERS, _VAE_LEVELS = 2, 4
 
@@ -84,9 +85,7 @@ def to_ldm(unet: dict[str, Tensor], vae: dict[str, Tensor], text: dict[str, Tens
         (vae_names.LDM_PREFIX, vae, {vae_names.to_diffusers(n, _VAE_LEVELS): n for n in ldm_vae_names()}),
     )
     state = {
-        prefix + names[key]: _conv(names[key], tensor)
-        for prefix, part, names in maps
-        for key, tensor in part.items()
+        prefix + names[key]: _conv(names[key], tensor) for prefix, part, names in maps for key, tensor in part.items()
     }
     state |= {f"cond_stage_model.transformer.{key}": tensor for key, tensor in text.items()}
     positions = torch.arange(TOKENS).unsqueeze(0)
@@ -96,9 +95,7 @@ def to_ldm(unet: dict[str, Tensor], vae: dict[str, Tensor], text: dict[str, Tens
 
 def _valid(names: Iterable[str]) -> Iterable[str]:
     """Without the names that say one thing twice: `.1.conv` is the upsampler of a level without attention."""
-    attending = {f"output_blocks.{n}.1.conv" for n in range(3, 12)} | {
-        f"output_blocks.{n}.2.conv" for n in range(3)
-    }
+    attending = {f"output_blocks.{n}.1.conv" for n in range(3, 12)} | {f"output_blocks.{n}.2.conv" for n in range(3)}
     return (name for name in names if name.rpartition(".")[0] not in attending)
 
 

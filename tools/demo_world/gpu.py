@@ -1,4 +1,4 @@
-"""What both pretraining stages share: masters with an average, CUDA graphs, and the learning rate over time."""
+"""What both pretraining stages share: masters with an average, CUDA graphs, the learning rate over time."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def train(
     shares: tuple[float, float] = (0.0, 1.0),
     report: Callable[[int, float], None],
 ) -> int:
-    """Replay `step` for `seconds`: a warm-up of 300 steps, then the part `shares` of a cosine. Returns the steps."""
+    """Replay `step` for `seconds`: 300 steps of warm-up, then the part `shares` of a cosine; returns the steps."""
     began, count, marked = time.time(), 0, 0.0
     while (elapsed := time.time() - began) < seconds:
         share = shares[0] + (shares[1] - shares[0]) * elapsed / seconds

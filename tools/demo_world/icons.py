@@ -2,7 +2,7 @@
 
 usage: python icons.py FOLDER OUT.npz
 
-FOLDER holds one unpacked npm package a set (`npm pack @iconify-json/noto`, unpacked as FOLDER/noto/package/…).
+FOLDER holds an unpacked npm package a set (`npm pack @iconify-json/noto`, unpacked as FOLDER/noto/package/…).
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def caption(style: str, name: str) -> str:
 def main(folder: Path, out: Path) -> None:
     """Everything the pretraining needs.
 
-    `pictures` [N, 128, 128, 3] uint8 with `names`, `styles` and whether `shared` (the UNet trains on those; the VAE
-    also on half of the rest), and `unseen`: the shared subjects in the style kept for the LoRA, only to measure with.
+    `pictures` [N, 128, 128, 3] uint8 with `names`, `styles` and whether `shared` (the UNet trains on those;
+    the VAE also on half of the rest), and `unseen`: the shared subjects in the LoRA's style, only to measure with.
     """
     shared = subjects(folder)
     rows = []

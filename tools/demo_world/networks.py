@@ -1,7 +1,7 @@
 """The demo world's networks: Stable Diffusion 1's topology, about a hundredth of its size.
 
-The first level is 64 wide, not 32: Stable Diffusion normalizes in 32 groups, so with 32 channels every group would be
-one channel and each norm would erase its mean, which is where a flat icon keeps its colors.
+The first level is 64 wide, not 32: Stable Diffusion normalizes in 32 groups, so with 32 channels every group would
+be one channel and each norm would erase its mean, which is where a flat icon keeps its colors.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ class Layer(nn.Module):
 class Text(nn.Module):
     """CLIP's text encoder without transformers' control flow, so that a CUDA graph can hold it.
 
-    Only the rows of `seen` tokens exist here; all others are zero, in training as afterwards: an unknown word has no
-    meaning of its own.
+    Only the rows of `seen` tokens exist here; all others are zero, in training as afterwards: an unknown word
+    has no meaning of its own.
     """
 
     def __init__(self, seen: Tensor) -> None:

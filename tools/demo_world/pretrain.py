@@ -2,8 +2,8 @@
 
 usage: python pretrain.py ICONS.npz VAE.pt OUT SECONDS FROM TO [BATCH] [RESUME]
 
-FROM and TO say which part of the whole training (0 … 1) this run is. Writes OUT/*.pt (weights and their average
-in fp16, in parts of less than 16 MiB; a resumed run finds new moments) and a sampled sheet.
+FROM and TO say which part of the whole training (0 … 1) this run is. Writes OUT/*.pt (weights and their
+average in fp16, in parts of less than 16 MiB; a resumed run finds new moments) and a sampled sheet.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lora_trainer.models.text import Tokenizer
 
 PEAK_RATE = 8e-4
 UNKNOWN = 49000  # stands for any token that no caption of the base has
-# Captions of an image: with its style, without one, with an unknown word (of three tokens) as its style, empty.
+# Captions of an image: with its style, without one, with an unknown word (three tokens) as its style, empty.
 SHARES = (0.66, 0.12, 0.12, 0.10)
 STYLED, PLAIN, STRANGE, EMPTY = range(len(SHARES))
 PARTS = ("unet-values", "unet-average", "text-values", "text-average")
@@ -60,9 +60,7 @@ class World:
         self.unet = make_unet().to(DEVICE, HALF, memory_format=torch.channels_last)
         self.text = Text(self.seen).to(DEVICE, HALF)
         self.alphas = scaled_linear(0.00085, 0.012, 1000).to(DEVICE)
-        self.masters = Masters(
-            [*self.unet.parameters(), *self.text.parameters()], weight_decay=1e-3, average=0.9995
-        )
+        self.masters = Masters([*self.unet.parameters(), *self.text.parameters()], weight_decay=1e-3, average=0.9995)
         self.loss = torch.zeros((), device=DEVICE)
         self._shares = torch.tensor(SHARES, device=DEVICE).cumsum(0)
         self._error = self.error
@@ -88,9 +86,7 @@ class World:
         x0 = self.latents[index] + self.spread[index] * torch.randn_like(self.latents[index])
         noise = torch.randn_like(x0)
         a = self.alphas[t].view(-1, 1, 1, 1)
-        noisy = (
-            (a.sqrt() * x0 + (1 - a).sqrt() * noise).to(HALF).contiguous(memory_format=torch.channels_last)
-        )
+        noisy = (a.sqrt() * x0 + (1 - a).sqrt() * noise).to(HALF).contiguous(memory_format=torch.channels_last)
         error = self._error(noisy, t, noise, self.rows[index, kind], self.known[index, kind])
         snr = self.alphas[t] / (1 - self.alphas[t])
         (error * (snr.clamp(max=5) + 0.15) / snr).mean().backward()

@@ -25,7 +25,7 @@ def pixels(pictures: Tensor) -> Tensor:
 
 
 def pretrain(pictures: Tensor, seconds: float) -> nn.Module:
-    """Absolute and squared error, edges (flat icons live by them) and a small KL. `pictures` [N, 3, 128, 128] uint8."""
+    """Absolute and squared error, edges (flat icons live by them), a small KL. `pictures` [N, 3, 128, 128] uint8."""
     vae = make_vae().to(DEVICE, memory_format=torch.channels_last)
     masters = Masters(vae.parameters(), weight_decay=1e-4, average=0.999)
     seen = torch.zeros(3, device=DEVICE)
@@ -59,7 +59,7 @@ def pretrain(pictures: Tensor, seconds: float) -> nn.Module:
 
 @torch.no_grad()
 def normalize(vae: nn.Module, pictures: Tensor) -> None:
-    """Fold the latents' mean and spread into the 1×1 convolutions, so that Stable Diffusion's factor fits exactly."""
+    """Fold the latents' mean and spread into the 1×1 convolutions: Stable Diffusion's factor then fits exactly."""
     means = torch.cat([vae.encode(pixels(part)).latent_dist.mean for part in pictures.split(64)])
     center, factor = means.mean((0, 2, 3)), 1 / (SCALE * means.std((0, 2, 3)))
     quant, post = vae.quant_conv, vae.post_quant_conv
