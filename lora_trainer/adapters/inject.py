@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import nn
 
 from lora_trainer.adapters.naming import Factors
 
@@ -77,11 +77,7 @@ def inject(
     `generator(module name)`, up starts at zero. Dropout is ours (`training.dropout`), so PEFT's is 0.
     """
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(modules), lora_dropout=0.0)
-    # PEFT initialises from the global generator, which is not ours to move.
-    with torch.random.fork_rng(devices=[]):
-        inject_adapter_in_model(config, network, adapter_name=ADAPTER)
-    found = {name: layer for name, layer in network.named_modules() if isinstance(layer, LoraLayer)}
-    layers = {name: found[name] for name in modules}
+    layers = _inject(network, modules, config)
     for name, layer in layers.items():
         down, up = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
         start = torch.empty(down.weight.shape)
@@ -95,27 +91,23 @@ def inject(
 
 def inject_factors(network: nn.Module, factors: Mapping[str, Factors]) -> Adapter:
     """Put a loaded LoRA on `network`, each module with its own rank and alpha, frozen."""
-    config = LoraConfig(
-        r=1,
-        lora_alpha=1,
-        target_modules=list(factors),
-        rank_pattern={f"^{name}$": f.down.shape[0] for name, f in factors.items()},
-        alpha_pattern={f"^{name}$": f.alpha for name, f in factors.items()},
-        lora_dropout=0.0,
-    )
-    with torch.random.fork_rng(devices=[]):
-        inject_adapter_in_model(config, network, adapter_name=ADAPTER)
-    found = {name: layer for name, layer in network.named_modules() if isinstance(layer, LoraLayer)}
-    layers = {name: found[name] for name in factors}
+    # PEFT's rank patterns mean different things in its versions: inject rank 1, then put the file's tensors in.
+    layers = _inject(network, list(factors), LoraConfig(r=1, lora_alpha=1, target_modules=list(factors)))
     for name, layer in layers.items():
         device = layer.get_base_layer().weight.device
         f = factors[name]
-        layer.lora_A[ADAPTER].weight = _frozen(f.down, layer.lora_A[ADAPTER].weight, device)
-        layer.lora_B[ADAPTER].weight = _frozen(f.up, layer.lora_B[ADAPTER].weight, device)
-        layer.scaling[ADAPTER] = f.alpha / f.down.shape[0]
-    ranks = {f.down.shape[0] for f in factors.values()}
-    return Adapter(layers, max(ranks), max(f.alpha for f in factors.values()))
+        for part, values in (("lora_A", f.down), ("lora_B", f.up)):
+            projection = getattr(layer, part)[ADAPTER]
+            shape = (*values.shape[:2], *projection.weight.shape[2:])
+            projection.weight = nn.Parameter(values.float().reshape(shape).to(device), requires_grad=False)
+        layer.r[ADAPTER], layer.lora_alpha[ADAPTER] = f.rank, f.alpha
+        layer.scaling[ADAPTER] = f.alpha / f.rank
+    return Adapter(layers, max(f.rank for f in factors.values()), max(f.alpha for f in factors.values()))
 
 
-def _frozen(values: Tensor, like: Tensor, device: torch.device) -> nn.Parameter:
-    return nn.Parameter(values.float().reshape(like.shape).to(device), requires_grad=False)
+def _inject(network: nn.Module, modules: Sequence[str], config: LoraConfig) -> dict[str, LoraLayer]:
+    """PEFT's layers on `modules`, by name. Its initialisation moves no global generator."""
+    with torch.random.fork_rng(devices=[]):
+        inject_adapter_in_model(config, network, adapter_name=ADAPTER)
+    found = {name: layer for name, layer in network.named_modules() if isinstance(layer, LoraLayer)}
+    return {name: found[name] for name in modules}

@@ -18,11 +18,11 @@ from lora_trainer.training.randomness import keep_mask
 class LoraDropout:
     """Forward hooks on the down projections; inactive until `masks` is entered.
 
-    `downs`: module name to the layer whose output [B, …, r] or [B, r, …] is masked elementwise.
+    `downs`: module name to the layer whose output [B, …, r] or [B, r, …], of `dtype`, is masked elementwise.
     """
 
-    def __init__(self, downs: Mapping[str, nn.Module], dropout: float) -> None:
-        self.dropout = dropout
+    def __init__(self, downs: Mapping[str, nn.Module], dropout: float, dtype: torch.dtype = torch.float32) -> None:
+        self.dropout, self.dtype = dropout, dtype
         self._sizes: dict[tuple, dict[str, int]] = {}
         self._recording: dict[str, int] | None = None
         self._views: dict[str, Tensor] | None = None
@@ -52,7 +52,7 @@ class LoraDropout:
             return
         sizes = self._sizes[shape]
         keep = keep_mask(keys, sum(sizes.values()), self.dropout)
-        parts = keep.split(list(sizes.values()), dim=1)
+        parts = keep.to(self.dtype).div_(1 - self.dropout).split(list(sizes.values()), dim=1)
         self._views = dict(zip(sizes, parts, strict=True))
         try:
             yield
@@ -68,5 +68,4 @@ class LoraDropout:
             self._recording[name] = out[0].numel()
         if self._views is None:
             return None
-        keep = self._views[name].view(out.shape)
-        return torch.where(keep, out * (1 / (1 - self.dropout)), torch.zeros((), dtype=out.dtype, device=out.device))
+        return out * self._views[name].view(out.shape)

@@ -70,7 +70,7 @@ def open_segment(config: Config, model: Model, state: State | None) -> Iterator[
         alpha=alpha_of(config),
         generator=lambda name: randomness.generator(config.seed, f"init {name}"),
     )
-    dropout = LoraDropout(adapter.downs(), config.lora_dropout)
+    dropout = LoraDropout(adapter.downs(), config.lora_dropout, precision.compute)
     try:
         with checkpointed(model.unet) if config.gradient_checkpointing else nullcontext():
             trainables = Trainables({"unet": adapter.parameters()})

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers.utils import USE_PEFT_BACKEND
 
 from lora_trainer.cli import main
 from lora_trainer.hosts.standalone import open_model
@@ -45,6 +46,7 @@ def pipeline(model) -> StableDiffusionPipeline:
     )
 
 
+@pytest.mark.skipif(not USE_PEFT_BACKEND, reason="these diffusers and transformers have no PEFT backend")
 @pytest.mark.parametrize("form", ["webui", "diffusers"])
 def test_diffusers_draws_the_same_picture(settings, lora, form, caplog):
     base, precision = Path(settings["base_model"]), Precision(CPU, torch.float32)
