@@ -70,6 +70,8 @@ class Job:
         notice = resolve(self.config.mixed_precision, model.facts.device)[1]
         if notice:
             self.sink(Notice(text=notice))
+        if self.config.enable_xformers:
+            self.sink(Notice(text="enable_xformers: not needed, torch's own attention (SDPA) does the same"))
         began = time.perf_counter()
         self._data = data.load(self.items, self.config, model, sink=self.sink, stop=self.stop)
         self.measured.prepare = (time.perf_counter() - began) / len(self.items.train + self.items.held_out)

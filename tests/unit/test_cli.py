@@ -40,7 +40,9 @@ def test_a_config_file_and_overrides(settings, tmp_path, capsys):
     path = tmp_path / "run.yaml"
     path.write_text("\n".join(f"{k}: {v}" for k, v in settings.items()), encoding="utf-8")
     assert main(["train", "--config", str(path), "epochs=1", "--lora_rank", "2", "--enable_xformers", "--json"]) == 0
-    result = json.loads(capsys.readouterr().out)
+    captured = capsys.readouterr()
+    result = json.loads(captured.out)
+    assert "enable_xformers: not needed" in captured.err
     assert result["validation"] is None
     assert main(["inspect", result["output"][0]]) == 0
     assert "rank: 2; alpha: 4" in capsys.readouterr().out
