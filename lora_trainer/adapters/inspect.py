@@ -37,7 +37,8 @@ _TRAINING = {
 
 @dataclass(frozen=True)
 class Report:
-    """Plain facts about a file. `norms`: Frobenius norm of (alpha / r) up · down over each block."""
+    """Plain facts about a file. `norms`: Frobenius norm of (alpha / r) up · down over each block; None where it is
+    not finite."""
 
     file: str
     size: int
@@ -48,7 +49,7 @@ class Report:
     alphas: dict[str, int]
     training: dict[str, str]
     hash_matches: bool | None
-    norms: dict[str, float]
+    norms: dict[str, float | None]
     warnings: tuple[str, ...]
 
     def lines(self) -> list[str]:
@@ -61,9 +62,11 @@ class Report:
             f"sshs_model_hash: {hashes[self.hash_matches]}",
         ]
         lines += [f"{label}: {value}" for label, value in self.training.items()]
-        widest = max(self.norms.values(), default=0.0) or 1.0
+        widest = max((norm for norm in self.norms.values() if norm), default=1.0)
         lines.append("norm by block:")
-        lines += [f"  {block:<24} {norm:9.4f}  {'#' * round(30 * norm / widest)}" for block, norm in self.norms.items()]
+        for block, norm in self.norms.items():
+            bar = "not finite" if norm is None else f"{norm:9.4f}  {'#' * round(30 * norm / widest)}"
+            lines.append(f"  {block:<24} {bar}")
         return lines + [f"warning: {warning}" for warning in self.warnings]
 
     def to_json(self) -> str:
@@ -104,12 +107,20 @@ def _block(name: str) -> tuple[str, str]:
     return part, f"{found[1]} {found[2] or 'outer'}"
 
 
-def _norms(factors: Mapping[str, Factors]) -> dict[str, float]:
+def _norms(factors: Mapping[str, Factors]) -> dict[str, float | None]:
     squares: dict[str, float] = {}
     for name, f in factors.items():
         block = _block(name)[1]
         squares[block] = squares.get(block, 0.0) + _norm(f) ** 2
-    return {block: math.sqrt(square) for block, square in sorted(squares.items())}
+    return {
+        block: math.sqrt(squares[block]) if math.isfinite(squares[block]) else None
+        for block in sorted(squares, key=_natural)
+    }
+
+
+def _natural(name: str) -> list[tuple[bool, int, str]]:
+    """Sorts layers_2 before layers_10."""
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", name)]
 
 
 def _norm(f: Factors) -> float:
@@ -120,8 +131,10 @@ def _norm(f: Factors) -> float:
 
 
 def _warnings(factors: Mapping[str, Factors]) -> list[str]:
-    broken = [name for name, f in factors.items() if not (f.down.isfinite().all() and f.up.isfinite().all())]
-    zero = [name for name, f in factors.items() if not f.up.any() or not f.down.any()]
+    # In float32, since some versions of torch lack these tests for 8-bit floats.
+    parts = {name: (f.down.float(), f.up.float(), torch.tensor(f.alpha)) for name, f in factors.items()}
+    broken = [name for name, tensors in parts.items() if not all(t.isfinite().all() for t in tensors)]
+    zero = [name for name, tensors in parts.items() if not all(t.any() for t in tensors)]
     found = []
     if broken:
         found.append(f"{len(broken)} modules hold numbers that are not finite, such as {broken[0]}")

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from lora_trainer.adapters.naming import UNET_PREFIX, Factors, kohya_name
+from lora_trainer.adapters.naming import TEXT_PREFIX, UNET_PREFIX, Factors, kohya_name
 from lora_trainer.errors import ModelError
 from lora_trainer.models.checkpoint import read_header
 
 _KOHYA = re.compile(r"(?P<name>lora_[a-z0-9]+_.+)\.(?P<part>lora_down\.weight|lora_up\.weight|alpha)")
-_DIFFUSERS = re.compile(r"unet\.(?P<name>.+)\.(?P<part>lora_A\.weight|lora_B\.weight)")
-_PARTS = {"lora_down.weight": "down", "lora_A.weight": "down", "lora_up.weight": "up", "lora_B.weight": "up"}
+# Older diffusers says lora.down, and lora_linear_layer.down in the text encoder.
+_DIFFUSERS = re.compile(
+    r"(?P<network>unet|text_encoder)\.(?P<name>.+)\."
+    r"(?P<part>lora_A|lora_B|lora\.down|lora\.up|lora_linear_layer\.down|lora_linear_layer\.up)\.weight"
+)
+_NETWORKS = {"unet": UNET_PREFIX, "text_encoder": TEXT_PREFIX}
+_PARTS = {"lora_down.weight": "down", "lora_up.weight": "up", "alpha": "alpha"}
 
 
 @dataclass(frozen=True)
 class Lora:
     """A file's modules by kohya's name (`lora_unet_…`), and its metadata."""
 
+    path: Path
     factors: dict[str, Factors]
     metadata: dict[str, str]
     precision: str
@@ -46,39 +55,83 @@ def read_lora(path: Path) -> Lora:
     modules: dict[str, dict[str, Tensor]] = {}
     for key, (name, part) in places.items():
         modules.setdefault(name, {})[part] = tensors[key]
+    metadata = dict(header.get("__metadata__", {}))
+    alphas = _configured_alphas(path, metadata, {key: header[key]["shape"] for key in keys})
+    factors = {name: _factors(path, name, parts, alphas.get(name)) for name, parts in modules.items()}
     precision = next(header[key]["dtype"] for key in keys if not key.endswith("alpha"))
-    factors = {name: _factors(path, name, parts) for name, parts in modules.items()}
-    return Lora(factors, dict(header.get("__metadata__", {})), precision)
+    return Lora(path, factors, metadata, precision)
 
 
 def match(lora: Lora, model: nn.Module, prefix: str = UNET_PREFIX) -> tuple[dict[str, Factors], list[str]]:
-    """(factors by module name in the model's order, names under `prefix` that the model does not have)."""
+    """(factors by module name in the model's order, names under `prefix` that the model does not have).
+
+    Raises ModelError when a module of that name has other sizes: families share names.
+    """
     wanted = {name: factors for name, factors in lora.factors.items() if name.startswith(prefix + "_")}
     modules = {
-        kohya_name(prefix, name): name
+        kohya_name(prefix, name): (name, module.weight)
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, nn.Conv2d))
     }
-    matched = {module: wanted[name] for name, module in modules.items() if name in wanted}
+    for name in wanted.keys() & modules.keys():
+        weight, f = modules[name][1], wanted[name]
+        # A 1×1 convolution's factors may come as a linear layer's, and the other way round.
+        if (f.up.shape[0], f.down[0].numel()) != (weight.shape[0], weight[0].numel()):
+            raise ModelError(
+                f"{lora.path}: made for another base model: {name} maps {f.down[0].numel()} to {f.up.shape[0]}, "
+                f"the model's own {weight[0].numel()} to {weight.shape[0]}"
+            )
+    matched = {module: wanted[name] for name, (module, _) in modules.items() if name in wanted}
     return matched, [name for name in wanted if name not in modules]
 
 
 def _place(key: str) -> tuple[str, str] | None:
     """(kohya's module name, down | up | alpha) of a tensor; None for other kinds of adapter."""
     if found := _KOHYA.fullmatch(key):
-        return found["name"], _PARTS.get(found["part"], "alpha")
+        return found["name"], _PARTS[found["part"]]
     if found := _DIFFUSERS.fullmatch(key):
-        return kohya_name(UNET_PREFIX, found["name"]), _PARTS[found["part"]]
+        part = "down" if found["part"].endswith(("A", "down")) else "up"
+        return kohya_name(_NETWORKS[found["network"]], found["name"]), part
     return None
 
 
-def _factors(path: Path, name: str, parts: dict[str, Tensor]) -> Factors:
+def _configured_alphas(path: Path, metadata: Mapping[str, str], shapes: Mapping[str, list[int]]) -> dict[str, float]:
+    """Alphas by kohya's name from the PEFT config that recent diffusers puts in the header
+    (`lora_adapter_metadata`: JSON of "unet.lora_alpha", "unet.alpha_pattern", …)."""
+    try:
+        config = json.loads(metadata.get("lora_adapter_metadata") or "{}")
+    except ValueError as error:
+        raise ModelError(f"{path}: its lora_adapter_metadata is not JSON ({error})") from error
+    alphas: dict[str, float] = {}
+    for key, shape in shapes.items():
+        found = _DIFFUSERS.fullmatch(key)
+        if found is None or not found["part"].endswith(("A", "down")):
+            continue
+        network, module = found["network"], found["name"]
+        pattern = config.get(f"{network}.alpha_pattern") or {}
+        own = (a for ending, a in pattern.items() if f".{module}".endswith(f".{ending.lstrip('^')}"))
+        alpha = next(own, config.get(f"{network}.lora_alpha"))
+        if alpha is not None:
+            # Rank-stabilised LoRA scales by alpha / sqrt(r).
+            stabilised = math.sqrt(shape[0]) if config.get(f"{network}.use_rslora") else 1.0
+            alphas[kohya_name(_NETWORKS[network], module)] = alpha * stabilised
+    return alphas
+
+
+def _factors(path: Path, name: str, parts: Mapping[str, Tensor], alpha: float | None) -> Factors:
     if "down" not in parts or "up" not in parts:
         missing = "lora_down" if "up" in parts else "lora_up"
         raise ModelError(f"{path}: {name} lacks its {missing}")
     down, up = parts["down"], parts["up"]
-    if down.shape[0] != up.shape[1]:
+    if down.dim() not in (2, 4) or up.dim() not in (2, 4):
+        raise ModelError(
+            f"{path}: {name} has shapes {list(down.shape)} and {list(up.shape)}; expected [r, in, …] and [out, r, …]"
+        )
+    if down.shape[0] != up.shape[1] or down.shape[0] == 0:
         raise ModelError(f"{path}: {name} has ranks {down.shape[0]} and {up.shape[1]}; expected equal ones")
+    if "alpha" in parts:
+        if parts["alpha"].numel() != 1:
+            raise ModelError(f"{path}: {name}.alpha has {parts['alpha'].numel()} numbers; expected one")
+        alpha = parts["alpha"].item()
     # Without an alpha the scale is 1, as every loader has it.
-    alpha = parts["alpha"].item() if "alpha" in parts else float(down.shape[0])
-    return Factors(down, up, alpha)
+    return Factors(down, up, float(down.shape[0] if alpha is None else alpha))

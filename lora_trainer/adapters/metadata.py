@@ -11,6 +11,9 @@ from datetime import datetime, timezone
 from lora_trainer import __version__
 from lora_trainer.config.sources import HEADER_KEY
 
+# What kohya's trainer names as the implementation of SDXL LoRAs; the earlier families' are diffusers'.
+SGM = "https://github.com/Stability-AI/generative-models"
+
 
 @dataclass(frozen=True)
 class BaseFacts:
@@ -109,7 +112,7 @@ def _modelspec(run: RunFacts, data: DataFacts, base: BaseFacts) -> dict[str, obj
     values = {
         "sai_model_spec": "1.0.1",
         "architecture": f"{base.architecture}/lora",
-        "implementation": "https://github.com/Stability-AI/generative-models",
+        "implementation": SGM if "-xl-" in base.architecture else "diffusers",
         "title": run.name,
         "date": datetime.fromtimestamp(int(run.finished_at), timezone.utc).strftime("%Y-%m-%dT%H:%M:%S"),
         "resolution": f"{data.resolution}x{data.resolution}",

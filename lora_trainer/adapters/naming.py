@@ -52,7 +52,8 @@ def to_kohya(prefix: str, factors: Mapping[str, Factors]) -> dict[str, Tensor]:
 def to_diffusers(factors: Mapping[str, Factors]) -> dict[str, Tensor]:
     """The tensors of a UNet's `factors` under the names of pytorch_lora_weights.safetensors.
 
-    diffusers reads no alpha from this form and applies up · down as it is, so alpha / rank is folded into up.
+    Only recent diffusers can read an alpha with this form, from the header; every version applies up · down as it is
+    when there is none, so alpha / rank is folded into up.
     """
     tensors: dict[str, Tensor] = {}
     for module_name, f in factors.items():

@@ -29,7 +29,8 @@ _DTYPES = {
 def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     """A .safetensors file (github.com/huggingface/safetensors, "Format") with sorted header and tensors.
 
-    The official library orders metadata at random in each process.
+    The official library orders metadata at random in each process. Metadata is UTF-8: what cannot be encoded (a
+    folder's name in another encoding, on Linux) becomes "?", since a finished run is worth more than a name.
     """
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     # Wide dtypes first, as the official writer has it, so that every tensor is aligned to its element size.
@@ -44,7 +45,7 @@ def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> byt
         }
         parts.append(data)
         end += len(data)
-    text = json.dumps(header, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
+    text = json.dumps(header, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
     text += b" " * (-len(text) % 8)
     return b"".join([struct.pack("<Q", len(text)), text, *parts])
 
@@ -63,10 +64,11 @@ def publish(data: bytes, target: Path) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, target)
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
         reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
         raise OutputError(f"{target}: not written: {reason} ({len(data):,} bytes)") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
     _sync_folder(target.parent)
 
 
