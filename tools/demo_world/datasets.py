@@ -15,7 +15,7 @@ from pathlib import Path
 
 from icons import caption, icons, render, subjects
 
-TRAIN, HELD_OUT = 96, 64
+TRAIN, HELD_OUT = 120, 64
 # The contact sheet shows the first held-out icons.
 SHOWN = (
     "red-apple", "house", "penguin", "rocket", "red-heart",
