@@ -35,6 +35,10 @@ _TRAINING = {
 }
 
 
+# The width of the text embeddings tells a family where the file names none.
+_FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}
+
+
 @dataclass(frozen=True)
 class Report:
     """Plain facts about a file. `norms`: Frobenius norm of (alpha / r) up · down over each block; None where it is
@@ -95,7 +99,11 @@ def describe(path: Path) -> Report:
 
 def _family(lora: Lora) -> str:
     said = lora.metadata.get("modelspec.architecture") or lora.metadata.get("ss_base_model_version")
-    return said or "an unnamed base model"
+    if said:
+        return said
+    widths = {f.down.shape[1] for name, f in lora.factors.items() if name.endswith("_attn2_to_k")}
+    family = _FAMILIES.get(widths.pop()) if len(widths) == 1 else None
+    return f"{family} (by its sizes)" if family else "an unnamed base model"
 
 
 def _block(name: str) -> tuple[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,14 +16,19 @@ from lora_trainer.adapters.naming import TEXT_PREFIX, UNET_PREFIX, Factors, kohy
 from lora_trainer.errors import ModelError
 from lora_trainer.models.checkpoint import read_header
 
-_KOHYA = re.compile(r"(?P<name>lora_[a-z0-9]+_.+)\.(?P<part>lora_down\.weight|lora_up\.weight|alpha)")
+_KOHYA = re.compile(r"(?P<name>lora_[a-z0-9]+_.+)\.(?P<part>lora_(?:down|up|A|B)\.weight|alpha)")
 # Older diffusers says lora.down, and lora_linear_layer.down in the text encoder.
 _DIFFUSERS = re.compile(
-    r"(?P<network>unet|text_encoder)\.(?P<name>.+)\."
+    r"(?P<network>unet|text_encoder|text_encoder_2)\.(?P<name>.+)\."
     r"(?P<part>lora_A|lora_B|lora\.down|lora\.up|lora_linear_layer\.down|lora_linear_layer\.up)\.weight"
 )
-_NETWORKS = {"unet": UNET_PREFIX, "text_encoder": TEXT_PREFIX}
-_PARTS = {"lora_down.weight": "down", "lora_up.weight": "up", "alpha": "alpha"}
+_PARTS = {
+    "lora_down.weight": "down",
+    "lora_up.weight": "up",
+    "lora_A.weight": "down",
+    "lora_B.weight": "up",
+    "alpha": "alpha",
+}
 
 
 @dataclass(frozen=True)
@@ -40,13 +45,15 @@ def read_lora(path: Path) -> Lora:
     """The LoRA in a .safetensors file. Raises ModelError."""
     header = read_header(path)
     keys = [key for key in header if key != "__metadata__"]
-    places = {key: _place(key) for key in keys}
+    prefixes = _prefixes(keys)
+    places = {key: _place(key, prefixes) for key in keys}
     strange = [key for key, place in places.items() if place is None]
-    if not keys or len(strange) == len(keys):
-        kind = "a checkpoint, not a LoRA" if any("diffusion_model." in key for key in keys) else "not a LoRA"
-        raise ModelError(f"{path}: this is {kind} ({len(keys)} tensors, none with lora_down or lora_A)")
+    if len(strange) == len(keys):
+        raise ModelError(f"{path}: this is {_kind(keys)}")
     if strange:
-        raise ModelError(f"{path}: {len(strange)} of {len(keys)} tensors are of another adapter, such as {strange[0]}")
+        raise ModelError(
+            f"{path}: {len(strange)} of {len(keys)} tensors are of another adapter, such as {strange[0]!r}"
+        )
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             tensors = {key: file.get_tensor(key).clone() for key in keys}
@@ -85,37 +92,66 @@ def match(lora: Lora, model: nn.Module, prefix: str = UNET_PREFIX) -> tuple[dict
     return matched, [name for name in wanted if name not in modules]
 
 
-def _place(key: str) -> tuple[str, str] | None:
+def _prefixes(keys: Iterable[str]) -> dict[str, str]:
+    """kohya's prefixes of diffusers' networks: the text encoders are numbered where there are two (SDXL)."""
+    two = any(key.startswith("text_encoder_2.") for key in keys)
+    first = f"{TEXT_PREFIX}1" if two else TEXT_PREFIX
+    return {"unet": UNET_PREFIX, "text_encoder": first, "text_encoder_2": f"{TEXT_PREFIX}2"}
+
+
+def _place(key: str, prefixes: Mapping[str, str]) -> tuple[str, str] | None:
     """(kohya's module name, down | up | alpha) of a tensor; None for other kinds of adapter."""
     if found := _KOHYA.fullmatch(key):
         return found["name"], _PARTS[found["part"]]
     if found := _DIFFUSERS.fullmatch(key):
         part = "down" if found["part"].endswith(("A", "down")) else "up"
-        return kohya_name(_NETWORKS[found["network"]], found["name"]), part
+        return kohya_name(prefixes[found["network"]], found["name"]), part
     return None
+
+
+def _kind(keys: Sequence[str]) -> str:
+    """What a file without any tensor of a known LoRA is instead."""
+    foreign = next((key for key in keys if "lora_" in key or ".lora." in key), None)
+    if foreign is not None:
+        return f"a LoRA whose names are not known here ({len(keys)} tensors, such as {foreign!r})"
+    kind = "a checkpoint, not a LoRA" if any("diffusion_model." in key for key in keys) else "not a LoRA"
+    return f"{kind} ({len(keys)} tensors, none with lora_down or lora_A)"
 
 
 def _configured_alphas(path: Path, metadata: Mapping[str, str], shapes: Mapping[str, list[int]]) -> dict[str, float]:
     """Alphas by kohya's name from the PEFT config that recent diffusers puts in the header
     (`lora_adapter_metadata`: JSON of "unet.lora_alpha", "unet.alpha_pattern", …)."""
-    try:
-        config = json.loads(metadata.get("lora_adapter_metadata") or "{}")
-    except ValueError as error:
-        raise ModelError(f"{path}: its lora_adapter_metadata is not JSON ({error})") from error
+    config = _peft_config(path, metadata.get("lora_adapter_metadata") or "{}")
+    prefixes = _prefixes(shapes)
     alphas: dict[str, float] = {}
     for key, shape in shapes.items():
         found = _DIFFUSERS.fullmatch(key)
-        if found is None or not found["part"].endswith(("A", "down")):
+        if found is None or not shape or not found["part"].endswith(("A", "down")):
             continue
         network, module = found["network"], found["name"]
         pattern = config.get(f"{network}.alpha_pattern") or {}
+        if not isinstance(pattern, dict):
+            raise ModelError(f"{path}: lora_adapter_metadata: expected an object as alpha_pattern, found {pattern!r}")
         own = (a for ending, a in pattern.items() if f".{module}".endswith(f".{ending.lstrip('^')}"))
         alpha = next(own, config.get(f"{network}.lora_alpha"))
-        if alpha is not None:
-            # Rank-stabilised LoRA scales by alpha / sqrt(r).
-            stabilised = math.sqrt(shape[0]) if config.get(f"{network}.use_rslora") else 1.0
-            alphas[kohya_name(_NETWORKS[network], module)] = alpha * stabilised
+        if alpha is None:
+            continue
+        if not isinstance(alpha, (int, float)):
+            raise ModelError(f"{path}: lora_adapter_metadata: expected a number as alpha of {module}, found {alpha!r}")
+        # Rank-stabilised LoRA scales by alpha / sqrt(r).
+        stabilised = math.sqrt(shape[0]) if config.get(f"{network}.use_rslora") else 1.0
+        alphas[kohya_name(prefixes[network], module)] = alpha * stabilised
     return alphas
+
+
+def _peft_config(path: Path, text: str) -> dict[str, object]:
+    try:
+        config = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: its lora_adapter_metadata is not JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{path}: its lora_adapter_metadata is a JSON {type(config).__name__}; expected an object")
+    return config
 
 
 def _factors(path: Path, name: str, parts: Mapping[str, Tensor], alpha: float | None) -> Factors:
@@ -123,9 +159,10 @@ def _factors(path: Path, name: str, parts: Mapping[str, Tensor], alpha: float | 
         missing = "lora_down" if "up" in parts else "lora_up"
         raise ModelError(f"{path}: {name} lacks its {missing}")
     down, up = parts["down"], parts["up"]
-    if down.dim() not in (2, 4) or up.dim() not in (2, 4):
+    if down.dim() not in (2, 4) or up.dim() not in (2, 4) or math.prod(up.shape[2:]) != 1:
         raise ModelError(
-            f"{path}: {name} has shapes {list(down.shape)} and {list(up.shape)}; expected [r, in, …] and [out, r, …]"
+            f"{path}: {name} has shapes {list(down.shape)} and {list(up.shape)}; "
+            "expected [r, in] or [r, in, h, w], and [out, r] or [out, r, 1, 1]"
         )
     if down.shape[0] != up.shape[1] or down.shape[0] == 0:
         raise ModelError(f"{path}: {name} has ranks {down.shape[0]} and {up.shape[1]}; expected equal ones")

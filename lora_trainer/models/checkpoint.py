@@ -51,12 +51,15 @@ def read_header(path: Path) -> dict[str, dict]:
             length = struct.unpack("<Q", file.read(8))[0]
             if length > MAX_HEADER_BYTES:
                 raise ValueError("its header is too long")
-            return json.loads(file.read(length))
+            header = json.loads(file.read(length))
+        if not isinstance(header, dict):
+            raise ValueError(f"a JSON {type(header).__name__}")
+        return header
     except FileNotFoundError:
         raise ModelError(f"{path}: no such file; expected a .safetensors checkpoint") from None
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, struct.error) as error:
+    except (ValueError, RecursionError, struct.error) as error:
         raise ModelError(
             f"{path}: not a .safetensors file, or a truncated download (expected a header, found: {error})"
         ) from error
