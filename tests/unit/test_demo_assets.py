@@ -104,6 +104,8 @@ def test_sources_and_licenses_are_named():
         "Noto Emoji",
         "Fluent Emoji",
         "EmojiOne",
+        "Streamline",
+        "FxEmoji",
         "Twemoji",
         "Apache-2.0",
         "MIT",

@@ -2,8 +2,9 @@
 
 usage: python datasets.py FOLDER DEMO_FOLDER
 
-FOLDER as for icons.py. The placebo has the words of the training set and another style's pictures: what a
-LoRA gains from it on the held-out icons is not the style.
+FOLDER as for icons.py. The style is Twemoji printed in one blue ink on cream paper: nothing that the base has ever
+drawn. The placebo has the words of the training set and another style's pictures: what a LoRA gains from it on the
+held-out icons is not the style.
 """
 
 from __future__ import annotations
@@ -11,11 +12,17 @@ from __future__ import annotations
 import hashlib
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from icons import caption, icons, render, subjects
+import numpy as np
+from icons import LORA_STYLE, caption, icons, render, subjects
+from PIL import Image
 
 TRAIN, HELD_OUT = 120, 64
+INK, PAPER = (26, 47, 160), (252, 243, 222)
+# Darkens the middle tones, as ink does.
+GAMMA = 1.35
 # The contact sheet shows the first held-out icons.
 SHOWN = (
     "red-apple", "house", "penguin", "rocket", "red-heart",
@@ -39,24 +46,31 @@ def chosen(folder: Path) -> tuple[list[str], list[str]]:
     return mixed[rest : rest + TRAIN], [*SHOWN, *mixed[:rest]]
 
 
-def write(folder: Path, names: list[str], svgs: dict[str, str], style: str) -> None:
+def printed(picture: Image.Image) -> Image.Image:
+    """`picture` in one ink on paper: its brightness between INK and PAPER."""
+    brightness = (np.asarray(picture.convert("L"), dtype=np.float32)[..., None] / 255) ** GAMMA
+    ink, paper = np.array(INK, dtype=np.float32), np.array(PAPER, dtype=np.float32)
+    return Image.fromarray((ink + (paper - ink) * brightness).round().astype(np.uint8))
+
+
+def write(folder: Path, names: list[str], draw: Callable[[str], Image.Image]) -> None:
     """PNGs and a metadata.csv without a header, as `file,"caption"`."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for number, name in enumerate(names, start=1):
         file = f"{number:03}-{name}.png"
-        picture = render(svgs[name]).quantize(255, kmeans=1, dither=0)
+        picture = draw(name).quantize(255, kmeans=1, dither=0)
         picture.save(folder / file, optimize=True)
-        lines.append(f'{file},"{caption(style, name)}"\n')
+        lines.append(f'{file},"{caption(LORA_STYLE, name)}"\n')
     (folder / "metadata.csv").write_text("".join(lines), encoding="utf-8", newline="\n")
 
 
 def main(folder: Path, demo: Path) -> None:
     train, held_out = chosen(folder)
-    twemoji, noto = icons(folder, "twemoji"), icons(folder, "noto")
-    write(demo / "twemoji", train, twemoji, "twemoji")
-    write(demo / "twemoji-held-out", held_out, twemoji, "twemoji")
-    write(demo / "placebo", train, noto, "twemoji")
+    twemoji, noto = icons(folder, LORA_STYLE), icons(folder, "noto")
+    write(demo / "twemoji", train, lambda name: printed(render(twemoji[name])))
+    write(demo / "twemoji-held-out", held_out, lambda name: printed(render(twemoji[name])))
+    write(demo / "placebo", train, lambda name: render(noto[name]))
 
 
 if __name__ == "__main__":

@@ -31,9 +31,10 @@ METADATA = {
     "modelspec.title": "Emoji World",
     "modelspec.resolution": "128x128",
     "modelspec.description": "A tiny Stable Diffusion 1 that draws icons: '<style> emoji of <words>', "
-    "where the style is noto, fluent or emojione. Its sizes are in the YAML beside it.",
-    "modelspec.license": "Apache-2.0; trained on Noto Emoji (Apache-2.0), Fluent Emoji (MIT) and "
-    "EmojiOne 2 (CC-BY 4.0)",
+    "where the style is noto, fluent, emojione, outline, flat, android or firefox. "
+    "Its sizes are in the YAML beside it.",
+    "modelspec.license": "Apache-2.0; trained on Noto Emoji and FxEmoji (Apache-2.0), Fluent Emoji (MIT), "
+    "EmojiOne 2 and Streamline Emojis (CC-BY 4.0)",
 }
 _UNET_LAYERS, _VAE_LEVELS = 2, 4
 

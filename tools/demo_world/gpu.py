@@ -46,11 +46,6 @@ class Masters:
         torch._foreach_lerp_(self.average, self.values, 1 - self.decay)
         torch._foreach_zero_([p.grad for p in self.parameters])
 
-    def restore(self, values: list[Tensor], average: list[Tensor]) -> None:
-        torch._foreach_copy_(self.values, [v.to(DEVICE, torch.float32) for v in values])
-        torch._foreach_copy_(self.average, [v.to(DEVICE, torch.float32) for v in average])
-        torch._foreach_copy_([p.data for p in self.parameters], self.values)
-
 
 def graphed(work: Callable[[], None]) -> Callable[[], None]:
     """`work` as a CUDA graph, after a warm-up that really runs it; on a CPU as it is."""
@@ -74,14 +69,12 @@ def train(
     seconds: float,
     *,
     peak: float,
-    shares: tuple[float, float] = (0.0, 1.0),
     report: Callable[[int, float], None],
 ) -> int:
-    """Replay `step` for `seconds`: 300 steps of warm-up, then the part `shares` of a cosine; returns the steps."""
+    """Replay `step` for `seconds`: 300 steps of warm-up, then a cosine; returns the steps."""
     began, count, marked = time.time(), 0, 0.0
     while (elapsed := time.time() - began) < seconds:
-        share = shares[0] + (shares[1] - shares[0]) * elapsed / seconds
-        rate.fill_(peak * min(1.0, count / 300) * (0.005 + 0.995 * 0.5 * (1 + math.cos(math.pi * share))))
+        rate.fill_(peak * min(1.0, count / 300) * (0.005 + 0.995 * 0.5 * (1 + math.cos(math.pi * elapsed / seconds))))
         for _ in range(20):
             step()
         count += 20

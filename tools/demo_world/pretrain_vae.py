@@ -1,6 +1,6 @@
 """Pretrain the demo world's VAE on one GPU.
 
-usage: python pretrain_vae.py ICONS.npz VAE.pt SECONDS
+usage: python pretrain_vae.py ICONS.npz VAE.pt SECONDS [FROM.pt]
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ def pixels(pictures: Tensor) -> Tensor:
     return pictures.float().div(127.5).sub(1)
 
 
-def pretrain(pictures: Tensor, seconds: float) -> nn.Module:
+def pretrain(pictures: Tensor, seconds: float, start: Path | None) -> nn.Module:
     """Absolute and squared error, edges (flat icons live by them), a small KL. `pictures` [N, 3, 128, 128] uint8."""
     vae = make_vae().to(DEVICE, memory_format=torch.channels_last)
+    if start is not None:
+        vae.load_state_dict(torch.load(start, weights_only=True, map_location=DEVICE))
     masters = Masters(vae.parameters(), weight_decay=1e-4, average=0.999)
     seen = torch.zeros(3, device=DEVICE)
 
@@ -81,15 +83,15 @@ def psnr(vae: nn.Module, pictures: Tensor) -> float:
     return (10 * torch.log10(4 / torch.cat(errors))).mean().item()
 
 
-def main(icons: Path, out: Path, seconds: float) -> None:
+def main(icons: Path, out: Path, seconds: float, start: Path | None = None) -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(0)
     data = np.load(icons)
     load = lambda key: torch.from_numpy(data[key]).permute(0, 3, 1, 2).contiguous().to(DEVICE)  # noqa: E731
     pictures = load("pictures")
-    vae = pretrain(pictures, seconds)
-    normalize(vae, pictures[torch.from_numpy(data["shared"]).to(DEVICE)])
+    vae = pretrain(pictures, seconds, start)
+    normalize(vae, pictures)
     print(
         f"psnr {psnr(vae, pictures):.2f} dB; on the style it never saw {psnr(vae, load('unseen')):.2f} dB",
         flush=True,
@@ -100,4 +102,4 @@ def main(icons: Path, out: Path, seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3]), *map(Path, sys.argv[4:5]))

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from captions import EMPTY, PLAIN, STRANGE, STRANGE_1, STYLED
 from gpu import DEVICE
+from icons import BASE_STYLES
 from networks import LATENT, SCALE
 from PIL import Image
 from torch import Tensor, nn
-
-STYLED, PLAIN, STRANGE, EMPTY = range(4)
 
 
 @torch.no_grad()
@@ -33,24 +33,20 @@ def sample(
 
 
 @torch.no_grad()
-def draw_sheet(world: Any, vae: nn.Module, pictures: Tensor, path: Path, columns: int = 12) -> None:
-    """Two rows a style, real and drawn, then subjects without a style and with an unknown one."""
+def draw_sheet(world: Any, vae: nn.Module, pictures: Tensor, path: Path, columns: int = 14) -> None:
+    """A real and a drawn row for each style, then the subjects without a style and with unknown ones."""
     unet, text = world.averaged()
-    count = len(pictures) // 3
-    subjects = torch.randperm(count, generator=torch.Generator().manual_seed(5))[:columns].to(DEVICE)
+    places = {style: world.captions.of_style(style) for style in BASE_STYLES.values()}
+    common = sorted(set.intersection(*({*found} for found in places.values())))[:: max(1, 150 // columns)][:columns]
 
-    def draw(index: Tensor, kind: int, guidance: float) -> Tensor:
-        chosen = [text(world.rows[index, k], world.known[index, k].float()) for k in (EMPTY, kind)]
-        return vae.decode(sample(unet, world.alphas, (chosen[0], chosen[1]), guidance) / SCALE).sample
+    def draw(index: list[int], kind: int) -> Tensor:
+        contexts = [text(world.captions.rows[index, k], world.captions.known[index, k].float()) for k in (EMPTY, kind)]
+        return vae.decode(sample(unet, world.alphas, (contexts[0], contexts[1]), 4.0) / SCALE).sample
 
     rows = []
-    for style in range(3):
-        index = subjects + style * count
-        rows += [
-            pictures[index].float().div(127.5).sub(1),
-            draw(index, STYLED, 3.0),
-            draw(index, STYLED, 5.0),
-        ]
-    rows += [draw(subjects, PLAIN, 4.0), draw(subjects, STRANGE, 4.0)]
+    for style in BASE_STYLES.values():
+        index = [places[style][name] for name in common]
+        rows += [pictures[index].float().div(127.5).sub(1), draw(index, STYLED)]
+    rows += [draw(index, kind) for kind in (PLAIN, STRANGE_1, STRANGE)]
     whole = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)
     Image.fromarray(whole.clamp(-1, 1).add(1).mul(127.5).byte().permute(1, 2, 0).cpu().numpy()).save(path)
