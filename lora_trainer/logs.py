@@ -102,7 +102,7 @@ class TerminalLog:
         elif isinstance(event, Progress):
             self._progress(event)
         else:
-            for line in _lines(event):
+            for line in sentences(event):
                 self._say(line)
         if isinstance(event, Finished):
             self.close()
@@ -150,7 +150,8 @@ class TerminalLog:
             print(line, file=self.stream, flush=True)
 
 
-def _lines(event: AnyEvent) -> Iterator[str]:
+def sentences(event: AnyEvent) -> Iterator[str]:
+    """What there is to say about an event, a line each; nothing for steps and progress."""
     if isinstance(event, Notice):
         yield ("warning: " if event.level == "warning" else "") + event.text
     elif isinstance(event, Started):

@@ -36,6 +36,18 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     device: Annotated[
         str, _about(MODEL, "Where to train: auto (the first GPU, else the CPU), cpu, cuda, cuda:1 and so on.")
     ] = "auto"
+    clip_skip: (
+        Annotated[
+            int,
+            _about(
+                MODEL,
+                "Which layer of the text encoder speaks, counted from the last; as the host has it, else 1.",
+                ge=1,
+                le=12,
+            ),
+        ]
+        | None
+    ) = None
     cpu_threads: (
         Annotated[int, _about(MODEL, "CPU threads to compute with; torch's choice when left out.", ge=1)] | None
     ) = None
@@ -72,6 +84,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     trigger_words: Annotated[
         str, _about(DATA, "Words put in front of each caption that lacks them, and named in the file.")
     ] = ""
+
+    caption_syntax: Annotated[
+        Literal["literal", "webui"],
+        _about(DATA, "Captions as plain text, or with the WebUI's (emphasis), embeddings and BREAK as in its prompts."),
+    ] = "literal"
 
     lora_rank: Annotated[
         int, _about(LORA, "How much the LoRA can hold, and its file size. 4 to 16 for a style.", ge=1, le=1024)

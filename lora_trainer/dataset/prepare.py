@@ -101,11 +101,9 @@ def prepare(
     return Prepared(tuple(samples), tuple(skipped))
 
 
-@torch.no_grad()
 def encode_caption(model: Model, caption: str) -> Tensor:
     """The frozen encoders' embedding of one caption: [77 n, width] float32 on the CPU."""
-    ids = model.text.tokenize(caption).to(model.facts.device)
-    return model.text.encode(ids)[0].float().cpu()
+    return model.text.embed(caption)[0].float().cpu()
 
 
 def _latents(item: Item, index: int, model: Model, sizes: Sizes, noise: LatentNoise) -> tuple[Bucket, Tensor]:

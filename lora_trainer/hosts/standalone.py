@@ -40,9 +40,10 @@ def train(config: Config, sink: EventSink) -> Finished:
     kinds = [CsvLog] + ([TensorBoardLog] if config.log_with == "tensorboard" else [])
     with stop_on_interrupt() as stop, fan_out(sink, *(kind(logs) for kind in kinds)) as events:
         dtype = resolve(config.mixed_precision, device)[0].compute
-        host = Host(
-            FileModels(Path(config.base_model), device, dtype), AloneLease(), FolderStore(output, config.overwrite)
-        )
+        if config.caption_syntax == "webui":
+            raise ConfigError(["caption_syntax: webui works only inside the WebUI; expected literal here"])
+        models = FileModels(Path(config.base_model), device, dtype, config.clip_skip)
+        host = Host(models, AloneLease(), FolderStore(output, config.overwrite))
         return run(config, host, events, clock=clock, stop=stop)
 
 
@@ -101,6 +102,7 @@ class FileModels:
     path: Path
     device: torch.device
     dtype: torch.dtype
+    clip_skip: int | None = None
     _state: tuple | None = field(default=None, init=False)
 
     @contextmanager
@@ -108,7 +110,7 @@ class FileModels:
         if self._state is None:
             self._state = (*place(self.path, self.device, self.dtype), in_background(self.path))
         family, state, hashes = self._state
-        yield model_of(state, family, self.path, device=self.device, hashes=hashes)
+        yield model_of(state, family, self.path, device=self.device, hashes=hashes, clip_skip=self.clip_skip)
 
 
 def in_background(path: Path) -> Callable[[], CheckpointHashes]:

@@ -47,15 +47,18 @@ def vae_view(state: State, *, scale_factor: float) -> AutoencoderKL:
     return _assign(vae, part, lambda name: vae_names.to_diffusers(name, levels))
 
 
-def text_view(state: State, *, config_folder: Path | None) -> CLIPTextModel:
+def text_view(
+    state: State, *, config_folder: Path | None = None, config: CLIPTextConfig | None = None
+) -> CLIPTextModel:
     """SD1's CLIP text encoder as a frozen transformers model that shares every parameter.
 
-    The number of heads is read from `config_folder`, else it follows from CLIP's 64 channels a head.
+    The number of heads is that of `config`, or read from `config_folder`, else it follows from CLIP's 64 channels a
+    head.
     """
     part = _part(state, TEXT_PREFIX)
     part = {name: tensor for name, tensor in part.items() if not name.endswith("position_ids")}
     with torch.device("meta"):
-        text = CLIPTextModel(text_config(part, config_folder))
+        text = CLIPTextModel(config or text_config(part, config_folder))
     # transformers 5 dropped the `text_model` level that files (and older versions) have.
     has_level = any(name.startswith("text_model.") for name, _ in text.named_parameters())
     _assign(text, part, lambda name: name if has_level else name.removeprefix("text_model."))

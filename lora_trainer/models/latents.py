@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
@@ -26,12 +28,18 @@ def encode(vae: AutoencoderKL, pixels: Tensor, noise: Tensor) -> Tensor:
     """[B, 3, H, W] pixels to scaled latents [B, 4, H/8, W/8] float32.
 
     `noise` (shape of the latents, float32) picks the sample of the posterior, so that equal seeds give equal
-    latents.
+    latents. Where a half-precision VAE overflows, as SDXL's does, a float32 copy of it is asked.
     """
+    sample = _sample(vae, pixels, noise)
+    if not torch.isfinite(sample).all() and next(vae.parameters()).dtype != torch.float32:
+        sample = _sample(deepcopy(vae).float(), pixels, noise)
+    return sample * vae.config.scaling_factor
+
+
+def _sample(vae: AutoencoderKL, pixels: Tensor, noise: Tensor) -> Tensor:
     parameter = next(vae.parameters())
     posterior = vae.encode(pixels.to(parameter.device, parameter.dtype)).latent_dist
-    sample = posterior.mean.float() + posterior.std.float() * noise.to(parameter.device)
-    return sample * vae.config.scaling_factor
+    return posterior.mean.float() + posterior.std.float() * noise.to(parameter.device)
 
 
 @torch.no_grad()

@@ -38,13 +38,14 @@ def model_of(
     *,
     device: torch.device,
     hashes: Callable[[], CheckpointHashes],
+    clip_skip: int | None = None,
 ) -> Model:
     """Views of a placed state dict. What shapes do not tell comes from the YAML beside `path`."""
     config = read_beside(path)
     unet = unet_view(state, num_heads=config.num_heads or family.num_heads)
     return Model(
         unet=unet,
-        text=TextEncoder(Tokenizer(), text_view(state, config_folder=config.text_folder)),
+        text=TextEncoder(Tokenizer(), text_view(state, config_folder=config.text_folder), clip_skip or 1),
         vae=vae_view(state, scale_factor=config.scale_factor or family.scale_factor),
         noise=schedule(state, family, config).to(device),
         facts=ModelFacts(

@@ -6,7 +6,7 @@ every embedding has 77 tokens a chunk.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,11 +39,13 @@ class Tokenizer:
 class TextEncoder:
     """The text side of a model: its modules, and a pure function of token ids.
 
-    `encode` does not decide about gradients, so one object serves frozen and trained encoders.
+    `encode` does not decide about gradients, so one object serves frozen and trained encoders. `clip_skip` 1 takes the
+    last layer's output, 2 that of the layer before.
     """
 
-    tokenizer: Tokenizer
+    tokenizer: Callable[[str], Tensor]
     module: CLIPTextModel
+    clip_skip: int = 1
 
     def tokenize(self, caption: str) -> Tensor:
         """[chunks, 77] int64 on the CPU."""
@@ -55,9 +57,21 @@ class TextEncoder:
         Emphasis multiplies each token's embedding and restores the mean, as the WebUI's "Original" mode does for
         one caption.
         """
-        embedded = self.module(input_ids=ids).last_hidden_state
+        embedded = self._hidden(ids)
         if weights is not None:
             mean = embedded.mean()
             embedded = embedded * weights.unsqueeze(-1)
             embedded = embedded * (mean / embedded.mean())
         return embedded.reshape(1, -1, embedded.shape[-1])
+
+    def embed(self, caption: str) -> Tensor:
+        """[1, 77 × chunks, width] of one caption, frozen."""
+        with torch.no_grad():
+            return self.encode(self.tokenize(caption).to(next(self.module.parameters()).device))
+
+    def _hidden(self, ids: Tensor) -> Tensor:
+        if self.clip_skip == 1:
+            return self.module(input_ids=ids).last_hidden_state
+        hidden = self.module(input_ids=ids, output_hidden_states=True).hidden_states[-self.clip_skip]
+        # transformers 5 dropped the `text_model` level.
+        return getattr(self.module, "text_model", self.module).final_layer_norm(hidden)

@@ -19,7 +19,7 @@ from lora_trainer.dataset.prepare import Prepared
 from lora_trainer.events import EventSink, Notice, Saved
 from lora_trainer.events import Progress as Working
 from lora_trainer.hosts.ports import LoraStore
-from lora_trainer.models.model import ModelFacts
+from lora_trainer.models.model import Model
 from lora_trainer.sampling import Recipe, generate
 from lora_trainer.training import randomness
 from lora_trainer.training.segment import Segment, alpha_of
@@ -60,7 +60,7 @@ class Output:
     def save(self, segment: Segment, data: Prepared, progress: Progress, *, final: bool) -> list[Path]:
         """Publish the LoRA as it is now; a final one with its config beside it. Raises OutputError."""
         stem = self.name if final else f"{self.name}-step{progress.step:08}"
-        metadata = self._metadata(segment.model.facts, data, progress, segment.model.noise.prediction)
+        metadata = self._metadata(segment.model, data, progress)
         factors = segment.adapter.factors()
         files: list[tuple[str, dict[str, Tensor]]] = []
         if self.config.output_format in ("webui", "both"):
@@ -98,15 +98,22 @@ class Output:
         dtype = PRECISIONS[self.config.save_precision]
         return {name: tensor if tensor.dim() == 0 else tensor.to(dtype) for name, tensor in tensors.items()}
 
-    def _metadata(self, facts: ModelFacts, data: Prepared, progress: Progress, prediction: str) -> dict[str, str]:
+    def _metadata(self, model: Model, data: Prepared, progress: Progress) -> dict[str, str]:
+        facts = model.facts
         captions: dict[str, list[str]] = {}
         for sample in data.samples:
             captions.setdefault(sample.item.path.parent.name, []).append(sample.item.caption)
         hashes = facts.hashes()
         base = BaseFacts(
-            facts.name, facts.family.base_version, facts.family.architecture, prediction, hashes.legacy, hashes.sha256
+            name=facts.name,
+            version=facts.family.base_version,
+            architecture=facts.family.architecture,
+            prediction=model.noise.prediction,
+            legacy_hash=hashes.legacy,
+            sha256=hashes.sha256,
         )
         resolution = self.config.resolution or facts.family.resolution
+        skip = model.text.clip_skip
         run = RunFacts(
             name=self.name,
             session_id=randomness.key(self.config.seed, f"session {self.name} {self.started_at}") >> 31,
@@ -116,7 +123,7 @@ class Output:
             epoch=-(-progress.step // progress.steps_per_epoch),
             trigger_words=self.config.trigger_words,
             config_json=to_header(self.config),
-            settings=kohya_settings(self.config),
+            settings=kohya_settings(self.config) | {"clip_skip": skip if skip > 1 else None},
         )
         return build_metadata(run, DataFacts(captions, data.buckets, resolution, progress.batches_per_epoch), base)
 
@@ -144,7 +151,6 @@ def kohya_settings(config: Config) -> dict[str, object]:
         "mixed_precision": config.mixed_precision,
         "full_fp16": False,
         "seed": config.seed,
-        "clip_skip": None,
         "max_token_length": None,
         "cache_latents": True,
         "lowram": False,
