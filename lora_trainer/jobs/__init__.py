@@ -1,0 +1,1 @@
+"""Jobs: one queue, one worker, states on disk."""

@@ -1,0 +1,98 @@
+"""A job's folder: its settings and its history, one JSON line an event."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
+
+from lora_trainer.errors import OutputError
+from lora_trainer.jobs.fold import Changed, Line, Told, fold
+from lora_trainer.jobs.view import JobView
+
+EVENTS, SETTINGS = "events.jsonl", "settings.json"
+
+
+class Head(msgspec.Struct, frozen=True):
+    """What is known of a job before it begins."""
+
+    id: str
+    name: str
+    created: float
+    settings: dict[str, object]
+
+
+@dataclass
+class JobFolder:
+    """Appends to one job's history. Raises OutputError."""
+
+    path: Path
+    _file: BinaryIO | None = field(default=None, init=False)
+
+    @classmethod
+    def create(cls, parent: Path, head: Head) -> JobFolder:
+        folder = cls(parent / head.id)
+        try:
+            folder.path.mkdir(parents=True)
+            (folder.path / SETTINGS).write_bytes(msgspec.json.format(msgspec.json.encode(head)))
+        except OSError as error:
+            raise _not_written(folder.path, error) from error
+        return folder
+
+    def append(self, line: Line, *, durable: bool) -> None:
+        """A durable line survives a power cut once this returns; others reach the disk soon."""
+        try:
+            if self._file is None:
+                self._file = (self.path / EVENTS).open("ab")
+                # A crash may have cut the last line; it must not swallow this one.
+                self._file.write(b"\n")
+            self._file.write(msgspec.json.encode(line) + b"\n")
+            if durable:
+                self.flush()
+                os.fsync(self._file.fileno())
+        except OSError as error:
+            raise _not_written(self.path, error) from error
+
+    def flush(self) -> None:
+        if self._file is not None:
+            self._file.flush()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def first_view(head: Head) -> JobView:
+    return JobView(id=head.id, name=head.name, state="queued", created=head.created, settings=head.settings)
+
+
+def read_jobs(parent: Path) -> Iterator[JobView]:
+    """The jobs under `parent` as their histories left them, oldest first. Folders that make no sense are skipped."""
+    for folder in sorted(parent.glob("*/")):
+        try:
+            head = msgspec.json.decode((folder / SETTINGS).read_bytes(), type=Head)
+            view = first_view(head)
+            for line in _lines(folder / EVENTS):
+                view = fold(view, line)
+        except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+            continue
+        if view.id == folder.name:
+            yield view
+
+
+def _lines(path: Path) -> Iterator[Line]:
+    """The whole lines: a crash may have cut one."""
+    decoder = msgspec.json.Decoder(Changed | Told)
+    for text in path.read_bytes().splitlines() if path.exists() else ():
+        with suppress(msgspec.MsgspecError):
+            yield decoder.decode(text)
+
+
+def _not_written(path: Path, error: OSError) -> OutputError:
+    return OutputError(f"{path}: the job's history cannot be written: {error.strerror or error}")

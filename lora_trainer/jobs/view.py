@@ -1,0 +1,37 @@
+"""A job at one moment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lora_trainer.jobs.states import State
+
+
+@dataclass(frozen=True)
+class JobView:
+    """Times are seconds since 1970, `eta` and `seconds_per_step` seconds, `memory` bytes. `losses` are (step, loss),
+    thinned; `validations` (step, base, lora); `output` has the finished LoRA first."""
+
+    id: str
+    name: str
+    state: State
+    created: float
+    settings: Mapping[str, object]
+    started: float | None = None
+    finished: float | None = None
+    stage: str = "waiting"
+    step: int = 0
+    steps: int | None = None
+    epoch: int | None = None
+    epochs: int | None = None
+    loss: float | None = None
+    learning_rate: float | None = None
+    seconds_per_step: float | None = None
+    losses: tuple[tuple[int, float], ...] = ()
+    validations: tuple[tuple[int, float, float], ...] = ()
+    eta: float | None = None
+    memory: int | None = None
+    log: tuple[str, ...] = ()
+    output: tuple[str, ...] = ()
+    error: str | None = None

@@ -1,0 +1,218 @@
+"""The queue: one after another, states in order, everything found again by the next process."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from lora_trainer.config import Config
+from lora_trainer.errors import DataError, OutputError
+from lora_trainer.events import Finished, Notice, Progress, Saved, StepDone, Validated
+from lora_trainer.jobs.fold import MOST_LOSSES, Changed, Told, fold
+from lora_trainer.jobs.service import JobService
+from lora_trainer.jobs.states import ENDED, FOLLOWS, STATES
+from lora_trainer.jobs.store import EVENTS, Head, JobFolder, first_view, read_jobs
+from lora_trainer.jobs.view import JobView
+
+CONFIG = Config(base_model="model.safetensors", train_data_dir="pictures", output_dir="out", output_name="style")
+
+
+def step(number: int, steps: int = 10, loss: float = 0.5) -> StepDone:
+    return StepDone(step=number, steps=steps, epoch=1, loss=loss, learning_rate=1e-4, grad_norm=1.0, seconds=2.0)
+
+
+def finished(state="done", steps=10) -> Finished:
+    return Finished(state=state, output=["out/style.safetensors"], steps=steps, loss=0.25, seconds=3.0)
+
+
+class Work:
+    """Work that a test holds in its hands: it takes steps while it is let go, and ends when told."""
+
+    def __init__(self) -> None:
+        self.began, self.go = threading.Event(), threading.Event()
+        self.names: list[str] = []
+        self.raises: Exception | None = None
+
+    def __call__(self, id, config, sink, stop):
+        self.names.append(config.output_name)
+        sink(Progress(stage="encoding images", done=1, total=2))
+        sink(step(1))
+        self.began.set()
+        while not self.go.wait(0.005):
+            if stop():
+                return finished("stopped", 1)
+        if self.raises:
+            raise self.raises
+        sink(step(2, loss=0.3))
+        sink(Saved(path="out/style.safetensors", step=2, kind="lora"))
+        return finished(steps=2)
+
+
+@pytest.fixture
+def work():
+    return Work()
+
+
+@pytest.fixture
+def service(tmp_path, work):
+    service = JobService(tmp_path / "jobs", work)
+    yield service
+    service.close()
+
+
+def until(what, timeout=5.0):
+    deadline = time.monotonic() + timeout
+    while not what():
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.005)
+
+
+def named(name: str) -> Config:
+    return Config(base_model="m", train_data_dir="p", output_dir="o", output_name=name)
+
+
+def ended(service, job) -> JobView:
+    until(lambda: service.job(job.id).state in ENDED)
+    return service.job(job.id)
+
+
+def test_a_job_runs_and_its_view_says_everything(service, work):
+    job = service.submit(CONFIG)
+    assert (job.state, job.name) == ("queued", "style")
+    assert work.began.wait(5)
+    seen = service.job(job.id)
+    assert (seen.state, seen.step, seen.steps, seen.loss, seen.eta) == ("training", 1, 10, 0.5, 18.0)
+    work.go.set()
+    seen = ended(service, job)
+    assert (seen.state, seen.step, seen.loss, seen.eta) == ("done", 2, 0.3, None)
+    assert seen.losses == ((1, 0.5), (2, 0.3))
+    assert seen.output == ("out/style.safetensors",)
+    assert seen.created <= seen.started <= seen.finished
+
+
+def test_jobs_run_one_after_another_in_order(service, work):
+    first, second = service.submit(named("one")), service.submit(named("two"))
+    assert work.began.wait(5)
+    assert service.job(second.id).state == "queued"
+    assert [view.id for view in service.jobs()] == [second.id, first.id]
+    work.go.set()
+    ended(service, second)
+    assert work.names == ["one", "two"]
+
+
+def test_a_running_job_stops_at_its_next_step_and_a_waiting_one_at_once(service, work):
+    first, second = service.submit(named("one")), service.submit(named("two"))
+    assert work.began.wait(5)
+    assert service.stop(second.id).state == "stopped"
+    service.stop(first.id)
+    assert ended(service, first).state == "stopped"
+    assert work.names == ["one"]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(DataError("pictures: it has no pictures"), "pictures: it has no pictures"), (ZeroDivisionError("x"), "ZeroDivi")],
+)
+def test_a_failure_is_told_and_the_next_job_runs(service, work, error, said):
+    work.raises = error
+    job = service.submit(CONFIG)
+    assert work.began.wait(5)
+    work.go.set()
+    seen = ended(service, job)
+    assert seen.state == "failed"
+    assert said in seen.error
+    # What the user cannot mend is a bug, and its traceback is kept for the report.
+    assert (service.folder_of(job.id) / "error.log").exists() == isinstance(error, ZeroDivisionError)
+    work.raises = None
+    assert ended(service, service.submit(CONFIG)).state == "done"
+
+
+def test_the_next_process_sees_the_same(tmp_path, service, work):
+    job = service.submit(CONFIG)
+    assert work.began.wait(5)
+    work.go.set()
+    seen = ended(service, job)
+    service.close()
+    again = JobService(tmp_path / "jobs", work)
+    try:
+        assert again.job(job.id) == seen
+    finally:
+        again.close()
+
+
+def test_a_process_that_died_leaves_its_jobs_ended(tmp_path, work):
+    folder = tmp_path / "jobs"
+    for id, states in (("a", ("preparing", "training")), ("b", ())):
+        job = JobFolder.create(folder, Head(id, "style", 1.0, {}))
+        for state in states:
+            job.append(Changed(2.0, state), durable=True)
+        job.close()
+    # The crash cut a line in the middle.
+    with (folder / "a" / EVENTS).open("ab") as file:
+        file.write(b'{"type":"told","at":3.0,"ev')
+    (folder / "not-a-job").mkdir()
+    service = JobService(folder, work)
+    try:
+        views = {view.id: view for view in service.jobs()}
+        assert (views["a"].state, views["b"].state) == ("failed", "stopped")
+        assert "closed" in views["a"].error
+        assert "closed" in views["b"].stage
+        # And that is on disk too.
+        assert {view.id: view.state for view in read_jobs(folder)} == {"a": "failed", "b": "stopped"}
+    finally:
+        service.close()
+
+
+def test_a_line_cut_by_a_crash_does_not_swallow_what_follows(tmp_path):
+    job = JobFolder.create(tmp_path, Head("a", "style", 1.0, {}))
+    job.append(Changed(2.0, "preparing"), durable=True)
+    job.close()
+    with (tmp_path / "a" / EVENTS).open("ab") as file:
+        file.write(b'{"type":"told","at":3.0,"ev')
+    job.append(Changed(4.0, "failed", "closed"), durable=True)
+    job.close()
+    (view,) = read_jobs(tmp_path)
+    assert (view.state, view.error) == ("failed", "closed")
+
+
+def test_what_cannot_be_written_is_not_queued(tmp_path, work):
+    (tmp_path / "jobs").write_text("a file")
+    service = JobService(tmp_path / "jobs", work)
+    try:
+        with pytest.raises(OutputError, match="jobs"):
+            service.submit(CONFIG)
+        assert service.jobs() == []
+    finally:
+        service.close()
+
+
+def test_unknown_jobs(service):
+    for ask in (service.job, service.stop, service.folder_of):
+        with pytest.raises(DataError, match="no job 'x'"):
+            ask("x")
+
+
+def test_every_state_ends_somewhere_and_the_ended_stay():
+    assert set(FOLLOWS) == set(STATES)
+    assert all(bool(following) != (state in ENDED) for state, following in FOLLOWS.items())
+
+
+def test_folding():
+    view = first_view(Head("a", "style", 1.0, {}))
+    for line in (
+        Changed(2.0, "preparing", "waiting for the WebUI"),
+        Told(2.5, Progress(stage="encoding images", done=3, total=9)),
+        Told(3.0, Notice(text="one picture is broken", level="warning")),
+        Told(4.0, Validated(step=0, base=0.5, lora=0.5)),
+    ):
+        view = fold(view, line)
+    assert (view.state, view.stage, view.started) == ("preparing", "encoding images 3 of 9", 2.0)
+    assert view.log[0] == "warning: one picture is broken"
+    assert view.validations == ((0, 0.5, 0.5),)
+    for number in range(1, 3 * MOST_LOSSES):
+        view = fold(view, Told(5.0, step(number, steps=9999)))
+    assert len(view.losses) <= MOST_LOSSES + 1
+    assert view.losses[0] == (1, 0.5)
+    assert view.losses[-1][0] == 3 * MOST_LOSSES - 1
