@@ -1,0 +1,29 @@
+"""What the API needs from its host."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from lora_trainer.jobs.service import JobService
+    from lora_trainer.jobs.view import JobView
+
+
+class ApiHost(Protocol):
+    @property
+    def jobs(self) -> JobService: ...
+
+    @property
+    def credentials(self) -> Mapping[str, str] | None:
+        """Password by user, from --api-auth; None when it was not given."""
+        ...
+
+    @property
+    def non_local(self) -> bool:
+        """Whether other computers can reach the WebUI."""
+        ...
+
+    def submit(self, settings: Mapping[str, object]) -> JobView:
+        """Complete `settings` with what the host knows, check them and queue the job. Raises UserError."""
+        ...

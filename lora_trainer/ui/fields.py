@@ -1,0 +1,138 @@
+"""The tab's controls, from the declaration: what is shown, where, under which words, and back to settings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+from lora_trainer.config.options import Option, options
+from lora_trainer.config.schema import GROUPS
+
+# Option: why it has no control.
+HIDDEN = {
+    "base_model": "the host's loaded checkpoint",
+    "output_dir": "the host's LoRA folder",
+    "device": "the host's device",
+    "cpu_threads": "the host's threads",
+    "trial": "a button of its own",
+    "enable_xformers": "does nothing",
+}
+FIRST = ("output_name", "train_data_dir", "trigger_words")
+MAIN = ("lora_rank", "epochs", "batch_size", "resolution")
+
+_LABELS = {
+    "output_name": "LoRA name",
+    "train_data_dir": "Folder of pictures",
+    "metadata_path": "Caption file",
+    "validation_data_dir": "Folder of held-out pictures",
+    "validation_split": "Share held out",
+    "lora_rank": "Rank",
+    "lora_alpha": "Alpha",
+    "lora_dropout": "Dropout",
+    "target_modules": "Parts to train",
+    "gradient_accumulation_steps": "Batches per step",
+    "max_train_steps": "Stop after steps",
+    "lr_scheduler": "Learning rate schedule",
+    "lr_warmup_steps": "Warm-up steps",
+    "max_grad_norm": "Longest gradient",
+    "output_format": "File format",
+    "save_precision": "Precision of the file",
+    "save_steps": "Save every so many steps",
+    "overwrite": "Replace a LoRA of the same name",
+    "log_with": "Log losses to",
+    "metadata_private": "Keep paths and prompts in the file",
+    "training_comment": "Comment",
+    "validate_every": "Measure every so many steps",
+    "sample_every": "Draw every so many steps",
+    "sample_steps": "Denoising steps of a drawing",
+    "sample_guidance": "Guidance of a drawing",
+    "sample_negative_prompt": "Negative prompt of a drawing",
+}
+# The command line writes the option's name where the page needs other or fewer words.
+_HELP = {
+    "train_data_dir": "Pictures with captions beside them: metadata.csv, metadata.jsonl or one .txt for each picture.",
+    "lora_rank": "What it can hold. 4 to 16 for a style.",
+    "batch_size": "Pictures at once; less saves memory.",
+    "resolution": "In pixels; the model's own when empty.",
+}
+
+_AUTOMATIC = ("output_name", "resolution", "lora_alpha")
+_PLACEHOLDERS = {"train_data_dir": "/path/to/my pictures"}
+
+Control = Literal["checkbox", "dropdown", "number", "text", "lines"]
+
+
+def label(key: str) -> str:
+    """The option in plain words."""
+    return _LABELS.get(key, key.replace("_", " ").capitalize())
+
+
+def info(option: Option) -> str:
+    """The help under a control; a list says how it is written."""
+    text = _HELP.get(option.key, option.help)
+    return f"{text} One a line." if option.kind is list else text
+
+
+def control(option: Option) -> Control:
+    if option.kind is bool:
+        return "checkbox"
+    if option.choices:
+        return "dropdown"
+    if option.kind is list:
+        return "lines"
+    # gradio shows 0 for a number that is not there; an empty text stays empty.
+    return "number" if option.kind in (int, float) and not option.optional else "text"
+
+
+def initial(option: Option) -> object:
+    """What the control shows before anyone touches it."""
+    kind = control(option)
+    if kind == "lines":
+        return "\n".join(option.default or ())
+    return (option.default or "") if kind == "text" else option.default
+
+
+def placeholder(option: Option) -> str:
+    """The grey words in an empty text."""
+    return _PLACEHOLDERS.get(option.key, "automatic" if option.key in _AUTOMATIC else "none")
+
+
+def stride(option: Option) -> float:
+    """How far a click on a number's arrow goes: 1e-4 for a learning rate of 2e-4."""
+    if option.kind is int:
+        return option.meta.multiple_of or 1
+    return 10.0 ** math.floor(math.log10(option.default)) if option.default else 0.1
+
+
+def groups() -> dict[str, tuple[Option, ...]]:
+    """Of each group in `GROUPS` the options that its accordion shows."""
+    rest = [option for key, option in options().items() if key not in (*HIDDEN, *FIRST, *MAIN)]
+    return {group: tuple(option for option in rest if option.group == group) for group in GROUPS}
+
+
+def shown() -> tuple[Option, ...]:
+    """Every option with a control, in the order of the page."""
+    first = [options()[key] for key in (*FIRST, *MAIN)]
+    return (*first, *(option for group in groups().values() for option in group))
+
+
+def settings(values: Mapping[str, object]) -> dict[str, object]:
+    """The settings that the controls' `values` stand for; an empty optional one is left out.
+
+    Nothing is checked here: `config.build` reports every problem at once.
+    """
+    found = {key: _setting(options()[key], value) for key, value in values.items()}
+    return {key: value for key, value in found.items() if value is not None or not options()[key].optional}
+
+
+def _setting(option: Option, value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    if control(option) == "lines":
+        return [line.strip() for line in value.splitlines() if line.strip()]
+    # "Copy as path" on Windows puts quotes around it.
+    text = value.strip()
+    if option.key.endswith(("_dir", "_path")):
+        text = text.strip('"').strip()
+    return None if option.optional and not text else text

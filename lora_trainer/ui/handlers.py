@@ -1,0 +1,91 @@
+"""What happens on a click: from the page's values to the host, and back to one new screen."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any
+
+from lora_trainer.errors import UserError
+from lora_trainer.ui import fields, live
+from lora_trainer.ui.screen import Screen, look, shown_job
+from lora_trainer.ui.uploads import Received, Upload, receive
+
+if TYPE_CHECKING:
+    from lora_trainer.ui.ports import TabHost
+
+
+class Handlers:
+    """The tab's events over `host`. `update` makes gradio's changes to a component."""
+
+    # The components that every event answers for, in this order.
+    SCREEN = ("checkpoint", "panel", "log", "jobs", "stop", "result", "file", "prompt", "grid", "beat", "seen")
+
+    def __init__(self, host: TabHost, update: Callable[..., Any]) -> None:
+        self.host, self.update = host, update
+
+    def look(self, picked: str, seen: str) -> list[Any]:
+        """The screen now, showing the job `picked`; `seen` is the result that the page shows already."""
+        return self._answer(look(self.host, picked), seen)
+
+    def stop(self, picked: str, seen: str) -> list[Any]:
+        """Stop the job on show, and go back to the one that runs."""
+        job = shown_job(self.host, picked)
+        if job is not None and live.is_active(job):
+            self.host.jobs.stop(job.id)
+        return ["", *self.look("", seen)]
+
+    def submit(self, keys: Sequence[str], *, trial: bool) -> Callable[..., list[Any]]:
+        """The event of a button that trains with the values of the controls `keys`."""
+
+        def click(seen: str, picked: str, *values: object) -> list[Any]:
+            settings = fields.settings(dict(zip(keys, values, strict=True)))
+            try:
+                self.host.submit({**settings, "trial": trial})
+            except UserError as error:
+                return [live.refusal(str(error)), self.update(), *self.look(picked, seen)]
+            return ["", "", *self.look("", seen)]
+
+        return click
+
+    def receive(self, files: Sequence[Any] | None) -> list[Any]:
+        """Unpack an upload: (the folder's path, what arrived). A refused one leaves the path as it is."""
+        try:
+            received = receive([_upload(file) for file in files or ()], self.host.upload_folder())
+        except UserError as error:
+            return [self.update(), live.refusal(str(error), head="Not uploaded.")]
+        return [str(received.folder), live.note(_arrived(received), received.skipped)]
+
+    def _answer(self, screen: Screen, seen: str) -> list[Any]:
+        """The components' new values. The result is sent only when it is another one: its prompt may be edited."""
+        result = screen.result
+        key = repr(result)
+        fresh = {"result": {"visible": result is not None}}
+        if result is not None:
+            fresh["file"] = {"value": result.file}
+            fresh["prompt"] = {"value": result.prompt}
+            fresh["grid"] = {"value": result.grid, "visible": bool(result.grid)}
+        changes = fresh if key != seen else {}
+        beat = f'<span data-active="{int(screen.active)}" data-beat="{time.time():.3f}"></span>'
+        values = {
+            "checkpoint": screen.checkpoint,
+            "panel": screen.panel,
+            "log": screen.log,
+            "jobs": screen.jobs,
+            "stop": self.update(interactive=screen.stoppable),
+            "beat": beat,
+            "seen": key,
+        }
+        return [values[name] if name in values else self.update(**changes.get(name, {})) for name in self.SCREEN]
+
+
+def _upload(file: Any) -> Upload:
+    """A file as gradio 3 (a wrapper with the browser's name) or gradio 4 (a path) gives it."""
+    path = getattr(file, "name", file)
+    return Upload(PurePath(getattr(file, "orig_name", None) or path).name, Path(path))
+
+
+def _arrived(received: Received) -> str:
+    captions = f", {received.captions} caption file{'s' * (received.captions != 1)}" if received.captions else ""
+    return f"{received.pictures} picture{'s' * (received.pictures != 1)}{captions} received."

@@ -1,0 +1,47 @@
+"""What the tab needs from its host."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from lora_trainer.jobs.service import JobService
+    from lora_trainer.jobs.view import JobView
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The model that would be trained on, and what speaks against it."""
+
+    title: str
+    warnings: tuple[str, ...]
+
+
+class TabHost(Protocol):
+    """The WebUI, as far as the tab knows it."""
+
+    @property
+    def jobs(self) -> JobService: ...
+
+    def checkpoint(self) -> Checkpoint | None:
+        """Of the model now loaded; never loads one."""
+        ...
+
+    def submit(self, settings: Mapping[str, object]) -> JobView:
+        """Fills base_model and output_dir, builds the config and queues a job. Raises UserError."""
+        ...
+
+    def upload_folder(self) -> Path:
+        """A new empty folder for uploaded pictures."""
+        ...
+
+    def prompt(self, job: JobView, weight: float = 0.8) -> str:
+        """The words that show the job's LoRA: `trigger words <lora:name:0.8>`."""
+        ...
+
+    def send_to_txt2img(self, button: object, text: object) -> None:
+        """Let a click on `button` put the value of `text` into txt2img and switch to it."""
+        ...

@@ -1,0 +1,142 @@
+"""The tab "Train LoRA" in gradio 3.41 and 4.40. It holds no state: every look asks the host."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lora_trainer.config.options import options
+from lora_trainer.ui import controls, fields
+from lora_trainer.ui.handlers import Handlers
+
+if TYPE_CHECKING:
+    import gradio as gr
+    from gradio.components import Component
+
+    from lora_trainer.ui.ports import TabHost
+
+# Short events that never wait in gradio's queue: they work with --no-gradio-queue and hold no stream open.
+_SHORT: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_name": False}
+
+
+@dataclass(frozen=True)
+class _Actions:
+    """What starts something. The page's script writes the job that was clicked into `picked`, then clicks `tick`
+    or, for its cross, `stop_picked`: a button of its own, since Stop is off while an ended job is on show."""
+
+    train: gr.Button
+    trial: gr.Button
+    stop: gr.Button
+    tick: gr.Button
+    stop_picked: gr.Button
+    picked: gr.Textbox
+
+
+def build(host: TabHost) -> gr.Blocks:
+    """The tab. It asks the host nothing until a page does, so that start-up waits for no model."""
+    # Only the tab needs gradio: everything else of this room works and is tested without it.
+    import gradio as gr
+
+    handlers = Handlers(host, gr.update)
+    with gr.Blocks(analytics_enabled=False) as blocks, gr.Row(elem_id="lora_trainer", equal_height=False):
+        with gr.Column(scale=5, min_width=320, elem_classes=["lt-left"]):
+            screen: dict[str, Any] = {"checkpoint": gr.HTML("", elem_id="lora_trainer_checkpoint")}
+            inputs = _pictures(handlers) | _main() | _groups()
+        with gr.Column(scale=5, min_width=320, elem_classes=["lt-right"]):
+            actions = _actions()
+            message = gr.HTML("", elem_id="lora_trainer_message")
+            screen |= _live(host) | {"stop": actions.stop}
+        screen |= {"beat": gr.HTML("", elem_id="lora_trainer_beat", elem_classes=["lt-hidden"]), "seen": gr.State("")}
+        _connect(handlers, actions, {"message": message, **screen}, inputs)
+    for block in blocks.blocks.values():
+        # Else ui-config.json would freeze today's defaults.
+        block.do_not_save_to_config = True
+    return blocks
+
+
+def _pictures(handlers: Handlers) -> dict[str, Component]:
+    """Name, pictures and trigger words; an upload fills in the folder."""
+    import gradio as gr
+
+    name, folder = (controls.make(options()[key]) for key in ("output_name", "train_data_dir"))
+    upload = gr.File(
+        label="Or drop pictures, caption files or a zip here",
+        file_count="multiple",
+        elem_id="lora_trainer_upload",
+    )
+    received = gr.HTML("", elem_id="lora_trainer_received")
+    upload.upload(handlers.receive, inputs=[upload], outputs=[folder, received], api_name=False)
+    words = controls.make(options()["trigger_words"])
+    return {"output_name": name, "train_data_dir": folder, "trigger_words": words}
+
+
+def _main() -> dict[str, Component]:
+    """The few settings that matter."""
+    import gradio as gr
+
+    with gr.Row(elem_classes=["lt-main"]):
+        return {key: controls.make(options()[key], min_width=120) for key in fields.MAIN}
+
+
+def _groups() -> dict[str, Component]:
+    """Everything else, folded away."""
+    import gradio as gr
+
+    made = {}
+    for group, members in fields.groups().items():
+        with gr.Accordion(group, open=False, elem_classes=["lt-group"]), gr.Row(elem_classes=["lt-main"]):
+            made |= {option.key: controls.make(option, min_width=240) for option in members}
+    return made
+
+
+def _actions() -> _Actions:
+    import gradio as gr
+
+    with gr.Row(elem_classes=["lt-buttons"]):
+        train = gr.Button("Train", variant="primary", elem_id="lora_trainer_train", scale=3, min_width=120)
+        trial = gr.Button("Trial run", elem_id="lora_trainer_try_out", scale=1, min_width=90)
+        stop = gr.Button("Stop", elem_id="lora_trainer_stop", scale=1, min_width=90, interactive=False)
+    with gr.Row(elem_classes=["lt-hidden"]):
+        tick = gr.Button("Look", elem_id="lora_trainer_tick")
+        stop_picked = gr.Button("Stop it", elem_id="lora_trainer_stop_picked")
+        picked = gr.Textbox("", label="Job", elem_id="lora_trainer_picked")
+    return _Actions(train, trial, stop, tick, stop_picked, picked)
+
+
+def _live(host: TabHost) -> dict[str, Any]:
+    """The job, its result, the other jobs and the log."""
+    import gradio as gr
+
+    panel = gr.HTML("", elem_id="lora_trainer_panel")
+    with gr.Column(visible=False, elem_classes=["lt-result"]) as result:
+        file = gr.HTML("")
+        prompt = gr.Textbox(label="Prompt", elem_id="lora_trainer_prompt", interactive=True, lines=1)
+        try_it = gr.Button("Try it", variant="primary", elem_id="lora_trainer_try_it")
+        grid = gr.Textbox(
+            label="Compare the saved steps",
+            info="Script X/Y/Z plot, X type Prompt S/R, these X values; the prompt above goes into txt2img.",
+            elem_id="lora_trainer_grid",
+            interactive=False,
+            show_copy_button=True,
+        )
+    host.send_to_txt2img(try_it, prompt)
+    jobs = gr.HTML("", elem_id="lora_trainer_jobs")
+    log = gr.HTML("", elem_id="lora_trainer_log")
+    return {"panel": panel, "result": result, "file": file, "prompt": prompt, "grid": grid, "jobs": jobs, "log": log}
+
+
+def _connect(handlers: Handlers, actions: _Actions, screen: Mapping[str, Any], inputs: Mapping[str, Component]) -> None:
+    """Bind the events. Each answers with a whole new screen, so the page never waits for the next tick."""
+    picked, seen = actions.picked, screen["seen"]
+    outputs = [screen[name] for name in handlers.SCREEN]
+    actions.tick.click(handlers.look, inputs=[picked, seen], outputs=outputs, **_SHORT)
+    for button in (actions.stop, actions.stop_picked):
+        button.click(handlers.stop, inputs=[picked, seen], outputs=[picked, *outputs], **_SHORT)
+    for button, trial in ((actions.train, False), (actions.trial, True)):
+        button.click(
+            handlers.submit(tuple(inputs), trial=trial),
+            inputs=[seen, picked, *inputs.values()],
+            outputs=[screen["message"], picked, *outputs],
+            **_SHORT,
+        )

@@ -1,0 +1,467 @@
+"""The tab: its controls and settings, a job as HTML, the events, and the Blocks where gradio is installed."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from lora_trainer.config.build import build as build_config
+from lora_trainer.config.options import options
+from lora_trainer.config.schema import GROUPS
+from lora_trainer.errors import ConfigError, DataError
+from lora_trainer.ui import fields, live
+from lora_trainer.ui.chart import MAX_POINTS, curve, smooth
+from lora_trainer.ui.handlers import Handlers
+from lora_trainer.ui.ports import Checkpoint
+from lora_trainer.ui.screen import grid, look, shown_job
+from lora_trainer.ui.words import advice, duration, memory, step_time
+
+EVIL = "<img src=x onerror=alert(1)>&\"'"
+IDLE = {
+    "id": "j1",
+    "name": "style",
+    "state": "queued",
+    "created": 1.0,
+    "started": None,
+    "finished": None,
+    "stage": "waiting",
+    "step": 0,
+    "steps": None,
+    "epoch": None,
+    "epochs": None,
+    "loss": None,
+    "learning_rate": None,
+    "seconds_per_step": None,
+    "losses": (),
+    "validations": (),
+    "eta": None,
+    "memory": None,
+    "log": (),
+    "output": (),
+    "error": None,
+    "settings": {},
+}
+HALFWAY = {
+    "state": "training",
+    "stage": "training",
+    "started": 10.0,
+    "step": 120,
+    "steps": 240,
+    "epoch": 5,
+    "epochs": 10,
+    "loss": 0.1,
+    "learning_rate": 2e-4,
+    "seconds_per_step": 0.186,
+    "losses": tuple((step, 0.2 - step / 2000) for step in range(1, 121)),
+    "validations": ((0, 0.2, 0.2), (100, 0.2, 0.15)),
+    "eta": 754.0,
+    "memory": 6 * 1024**3,
+    "log": ("started", "step 100"),
+}
+
+
+def job(**changes: object) -> SimpleNamespace:
+    assert set(changes) <= set(IDLE)
+    return SimpleNamespace(**(IDLE | changes))
+
+
+class FakeJobs:
+    def __init__(self, *jobs: SimpleNamespace) -> None:
+        self.list, self.stopped = list(jobs), []
+
+    def jobs(self) -> list[SimpleNamespace]:
+        return self.list
+
+    def job(self, id: str) -> SimpleNamespace:
+        for one in self.list:
+            if one.id == id:
+                return one
+        raise DataError(f"{id}: no such job")
+
+    def stop(self, id: str) -> SimpleNamespace:
+        self.stopped.append(id)
+        return self.job(id)
+
+
+@dataclass
+class FakeHost:
+    jobs: FakeJobs = field(default_factory=FakeJobs)
+    folder: Path | None = None
+    model: Checkpoint | None = None
+    submitted: list[dict[str, object]] = field(default_factory=list)
+    asked: int = 0
+
+    def checkpoint(self) -> Checkpoint | None:
+        self.asked += 1
+        return self.model
+
+    def submit(self, settings: dict[str, object]) -> SimpleNamespace:
+        build_config({**settings, "base_model": "base", "output_dir": "out"})
+        self.submitted.append(settings)
+        self.jobs.list.insert(0, job(id=f"j{len(self.jobs.list) + 1}"))
+        return self.jobs.list[0]
+
+    def upload_folder(self) -> Path:
+        assert self.folder is not None
+        self.folder.mkdir()
+        return self.folder
+
+    def prompt(self, job: SimpleNamespace, weight: float = 0.8) -> str:
+        return f"mystyle <lora:{job.name}:{weight:g}>"
+
+    def send_to_txt2img(self, button: object, text: object) -> None:
+        self.bound = (button, text)
+
+
+def changes(**values: object) -> dict[str, object]:
+    """Stands in for gr.update."""
+    return values
+
+
+def page(host: FakeHost, answer: list[object]) -> dict[str, object]:
+    return dict(zip(Handlers.SCREEN, answer[-len(Handlers.SCREEN) :], strict=True))
+
+
+def defaults() -> dict[str, object]:
+    return {option.key: fields.initial(option) for option in fields.shown()}
+
+
+class Wellformed(HTMLParser):
+    """Fails on a tag that is not closed in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        self.seen.append(tag)
+        if tag != "br":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: object) -> None:
+        self.seen.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+# Controls
+
+
+def test_every_option_is_shown_once_or_hidden_for_a_reason():
+    shown = [option.key for option in fields.shown()]
+    assert len(shown) == len(set(shown))
+    assert set(shown).isdisjoint(fields.HIDDEN)
+    assert set(shown) | set(fields.HIDDEN) == set(options())
+    assert set(fields.HIDDEN) == {"base_model", "output_dir", "device", "cpu_threads", "trial", "enable_xformers"}
+    assert list(fields.groups()) == list(GROUPS)
+
+
+def test_words_of_the_page_belong_to_options():
+    for table in (fields._LABELS, fields._HELP, fields._PLACEHOLDERS, fields._AUTOMATIC):
+        assert set(table) <= set(options())
+    labels = [fields.label(option.key) for option in fields.shown()]
+    assert len(labels) == len(set(labels))
+    assert not any("_" in label for label in labels)
+
+
+def test_kinds_of_controls():
+    kinds = {option.key: fields.control(option) for option in options().values()}
+    assert kinds["overwrite"] == "checkbox"
+    assert kinds["lr_scheduler"] == "dropdown"
+    assert kinds["lora_rank"] == kinds["learning_rate"] == "number"
+    assert kinds["sample_prompts"] == "lines"
+    # gradio 3 shows 0 for an empty number
+    assert kinds["resolution"] == kinds["lora_alpha"] == kinds["metadata_path"] == "text"
+
+
+def test_strides_fit_the_size_of_the_value():
+    assert fields.stride(options()["learning_rate"]) == pytest.approx(1e-4)
+    assert fields.stride(options()["epochs"]) == 1
+    assert fields.stride(options()["validation_split"]) == pytest.approx(0.1)
+
+
+def test_untouched_controls_mean_the_defaults():
+    made = fields.settings(defaults() | {"train_data_dir": "pictures"})
+    host = {"base_model": "base", "output_dir": "out"}
+    assert build_config(made, host) == build_config({"train_data_dir": "pictures"}, host)
+
+
+def test_what_browsers_send_becomes_settings():
+    found = fields.settings(
+        {
+            "train_data_dir": ' "C:\\My pictures" ',
+            "lora_rank": 16.0,
+            "batch_size": None,
+            "resolution": " 768 ",
+            "lora_alpha": "  ",
+            "output_name": "",
+            "trigger_words": " my style ",
+            "sample_prompts": "a cat, sitting\n\n  a dog\r\n",
+            "target_modules": "",
+            "overwrite": True,
+        }
+    )
+    assert found == {
+        "train_data_dir": "C:\\My pictures",
+        "lora_rank": 16.0,
+        "batch_size": None,
+        "resolution": "768",
+        "trigger_words": "my style",
+        "sample_prompts": ["a cat, sitting", "a dog"],
+        "target_modules": [],
+        "overwrite": True,
+    }
+    with pytest.raises(ConfigError) as error:
+        build_config(found, {"base_model": "base"})
+    assert [line.split(":")[0] for line in error.value.problems] == ["target_modules", "batch_size"]
+
+
+# A job as HTML
+
+
+@pytest.mark.parametrize("state", live.STATES)
+def test_a_job_in_every_state_is_escaped_and_well_formed(state: str):
+    texts = {"name": EVIL, "id": EVIL, "stage": EVIL, "log": (EVIL,), "error": f"lora_rank: {EVIL}\n{EVIL}"}
+    shown = job(**(HALFWAY | texts | {"state": state, "output": (f"/{EVIL}.safetensors",)}))
+    host = FakeHost(FakeJobs(shown), model=Checkpoint(EVIL, (EVIL,)))
+    screen = look(host)
+    result = screen.result.file if screen.result else ""
+    for html in (screen.checkpoint, screen.panel, screen.log, screen.jobs, result, live.note(EVIL, [EVIL])):
+        assert "img" not in Wellformed(html).seen
+    for html in (screen.checkpoint, screen.panel, screen.log, screen.jobs):
+        assert "&lt;img" in html
+    assert live.STATES[state] in screen.panel
+
+
+def test_the_panel_says_how_far_it_is():
+    html = live.panel(job(**HALFWAY))
+    for words in ("Step 120 of 240", "epoch 5 of 10", "13 min left", "186 ms", "6.0 GiB", "0.0002", "-25%"):
+        assert words in html
+    assert 'style="width:50.0%"' in html
+    assert 'aria-valuenow="50"' in html
+    assert html.count("<polyline") == 3
+
+
+def test_a_job_that_knows_nothing_yet_shows_no_numbers():
+    html = live.panel(job())
+    assert "Waiting" in html
+    assert "None" not in html
+    assert "lt-bar" not in html
+    assert "lt-numbers" not in html
+    assert "<svg" not in html
+    assert "press Train" in live.panel(None)
+
+
+def test_an_error_keeps_every_line_and_says_what_to_do():
+    html = live.panel(job(state="failed", error="lora_rank: expected 1, found 0\n\nCUDA out of memory"))
+    assert "<b>Rank</b> <code>lora_rank</code>: expected 1, found 0" in html
+    assert html.count("<li>") == 2
+    assert advice("CUDA out of memory") in html
+    assert "batch size" in advice("CUDA out of memory")
+    assert "learning rate" in advice("step 3: not finite")
+
+
+def test_the_log_shows_the_last_lines_newest_first():
+    html = live.log(job(log=tuple(f"line {number}" for number in range(500))))
+    assert html.count("<div>") == live.LOG_LINES
+    assert html.index("line 499") < html.index("line 498")
+    assert "line 299" not in html
+
+
+def test_durations_and_sizes_in_words():
+    assert [duration(seconds) for seconds in (0, 59.4, 75, 754, 3600, 7380)] == [
+        "0 s",
+        "59 s",
+        "1 min 15 s",
+        "13 min",
+        "1 h 00 min",
+        "2 h 03 min",
+    ]
+    assert [step_time(0.186), step_time(2.5)] == ["186 ms", "2.50 s"]
+    assert [memory(300 * 1024**2), memory(5 * 1024**3)] == ["300 MiB", "5.0 GiB"]
+
+
+def test_the_curve_is_bounded_and_survives_what_is_not_finite():
+    losses = [(step, 0.1) for step in range(5000)] + [(5000, float("nan")), (5001, float("inf")), (5002, 1e9)]
+    html = curve(losses, [(0, 0.3), (5000, 0.2)])
+    assert "nan" not in html
+    assert "inf" not in html
+    assert max(len(points.split()) for points in re.findall(r'points="([^"]*)"', html)) <= MAX_POINTS + 1
+    spots = [
+        tuple(map(float, spot.split(",")))
+        for points in re.findall(r'points="([^"]*)"', html)
+        for spot in points.split()
+    ]
+    assert all(0 <= x <= 600 and 0 <= y <= 160 for x, y in spots)
+    assert curve([(1, 0.1)]) == ""
+    assert curve([(1, 0.1), (1, 0.1)]) != ""
+
+
+def test_the_smooth_line_starts_at_the_first_loss_and_follows():
+    line = smooth([(0, 1.0)] * 5 + [(1, 0.0)] * 200)
+    assert line[0][1] == line[4][1] == pytest.approx(1.0)
+    assert line[-1][1] < 0.01
+
+
+# The screen
+
+
+def test_which_job_is_shown():
+    done, first, second = job(id="done", state="done"), job(id="first"), job(id="second")
+    host = FakeHost(FakeJobs(second, first, done))
+    assert shown_job(host).id == "first"
+    first.state = "paused"
+    assert shown_job(host).id == "first"
+    assert shown_job(host, "done").id == "done"
+    assert shown_job(host, "gone").id == "first"
+    first.state = second.state = "failed"
+    assert shown_job(host).id == "second"
+    done.finished = 9.0
+    assert shown_job(host).id == "done"
+    assert shown_job(FakeHost()) is None
+
+
+def test_a_result_offers_the_prompt_and_a_grid_over_its_saves():
+    files = (
+        "/lora/style.safetensors",
+        "C:\\run\\style-step00000200.safetensors",
+        "/run/style-step00000100.safetensors",
+    )
+    host = FakeHost(FakeJobs(job(state="done", output=(*files, "/run/a.png", "/run/other.safetensors"))))
+    result = look(host).result
+    assert "<b>style.safetensors</b>" in result.file
+    assert result.prompt == "mystyle <lora:style:0.8>"
+    assert result.grid == "<lora:style:0.8>, <lora:style-step00000100:0.8>, <lora:style-step00000200:0.8>"
+    assert grid("mystyle <lora:style:0.8>", []) == ""
+    assert grid("no tag", ["style-1"]) == ""
+
+
+@pytest.mark.parametrize("state", ["training", "saving", "failed"])
+def test_no_result_before_the_end_or_without_a_file(state: str):
+    output = () if state == "failed" else ("/lora/style.safetensors",)
+    assert look(FakeHost(FakeJobs(job(state=state, output=output)))).result is None
+
+
+def test_the_checkpoint_line_warns():
+    assert "No checkpoint" in live.checkpoint(None)
+    html = live.checkpoint(Checkpoint("base", ("is merged", "is inpainting")))
+    assert "Trains on <b>base</b>" in html
+    assert html.count("lt-warning") == 2
+
+
+# The events
+
+
+def test_train_submits_what_the_controls_say():
+    host = FakeHost()
+    values = defaults() | {"train_data_dir": "pictures", "epochs": 3.0, "output_name": "cat"}
+    message, picked, *screen = Handlers(host, changes).submit(tuple(values), trial=True)("", "j0", *values.values())
+    assert (message, picked) == ("", "")
+    assert host.submitted[0] == fields.settings(values) | {"trial": True}
+    assert host.submitted[0]["epochs"] == 3
+    shown = page(host, screen)
+    assert "Waiting" in shown["panel"]
+    assert shown["stop"] == {"interactive": True}
+    assert 'data-active="1"' in shown["beat"]
+
+
+def test_a_refused_config_shows_every_problem():
+    host = FakeHost()
+    values = defaults() | {"lora_rank": 2.5, "batch_size": None, "resolution": "12", "train_data_dir": ""}
+    message, *_ = Handlers(host, changes).submit(tuple(values), trial=False)("", "", *values.values())
+    assert host.submitted == []
+    assert message.count("<li>") == 3
+    for words in ("Rank", "Batch size", "Resolution", "2.5", "nothing", "&#x27;12&#x27;"):
+        assert words in message
+
+
+def test_stop_stops_the_job_on_show_if_it_is_active():
+    host = FakeHost(FakeJobs(job(id="b"), job(id="a", state="training"), job(id="z", state="done")))
+    handlers = Handlers(host, changes)
+    handlers.stop("", "")
+    picked, *screen = handlers.stop("b", "")
+    assert picked == ""
+    assert "lt-training" in page(host, screen)["panel"]
+    handlers.stop("z", "")
+    assert host.jobs.stopped == ["a", "b"]
+    Handlers(FakeHost(), changes).stop("", "")
+
+
+def test_a_result_is_sent_once_so_that_an_edited_prompt_stays():
+    host = FakeHost(FakeJobs(job(state="done", output=("/lora/style.safetensors",))))
+    handlers = Handlers(host, changes)
+    first = page(host, handlers.look("", ""))
+    assert first["result"] == {"visible": True}
+    assert first["prompt"] == {"value": "mystyle <lora:style:0.8>"}
+    assert first["grid"] == {"value": "", "visible": False}
+    assert 'data-active="0"' in first["beat"]
+    second = page(host, handlers.look("", first["seen"]))
+    assert second["prompt"] == second["result"] == {}
+    host.jobs.list.insert(0, job(id="j2", state="training"))
+    assert page(host, handlers.look("", second["seen"]))["result"] == {"visible": False}
+
+
+def test_an_upload_fills_in_the_folder(tmp_path: Path):
+    picture = tmp_path / "sent.tmp"
+    picture.write_bytes(b"png")
+    host = FakeHost(folder=tmp_path / "new")
+    gradio3 = SimpleNamespace(name=str(picture), orig_name="cat.png")
+    path, said = Handlers(host, changes).receive([gradio3])
+    assert path == str(tmp_path / "new")
+    assert "1 picture received" in said
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["cat.png"]
+
+
+def test_a_refused_upload_keeps_the_folder_that_is_there(tmp_path: Path):
+    note = tmp_path / "notes.docx"
+    note.write_bytes(b"x")
+    path, said = Handlers(FakeHost(folder=tmp_path / "new"), changes).receive([str(note)])
+    assert path == {}
+    assert "Not uploaded." in said
+    assert not (tmp_path / "new").exists()
+
+
+# gradio itself
+
+
+def test_the_blocks_have_a_control_for_every_shown_option_and_ask_the_host_nothing():
+    pytest.importorskip("gradio")
+    from lora_trainer.ui.tab import build
+
+    host = FakeHost()
+    blocks = build(host)
+    made = {block.elem_id: block for block in blocks.blocks.values() if getattr(block, "elem_id", None)}
+    for option in fields.shown():
+        control = made[f"lora_trainer_{option.key}"]
+        assert control.label == fields.label(option.key)
+        assert control.value == fields.initial(option)
+    assert not any(f"lora_trainer_{key}" in made for key in fields.HIDDEN)
+    assert all(block.do_not_save_to_config for block in blocks.blocks.values())
+    assert host.asked == 0
+    assert host.bound == (made["lora_trainer_try_it"], made["lora_trainer_prompt"])
+
+
+def test_the_page_and_its_script_agree_on_ids():
+    root = Path(__file__).parents[2]
+    script = (root / "javascript" / "lora_trainer.js").read_text(encoding="utf-8")
+    tab = (root / "lora_trainer" / "ui" / "tab.py").read_text(encoding="utf-8")
+    wanted = set(re.findall(r"lora_trainer_\w+", script))
+    assert wanted == {"lora_trainer_tick", "lora_trainer_beat", "lora_trainer_picked", "lora_trainer_stop_picked"}
+    assert all(f'"{id}"' in tab for id in wanted)
+    made = live.job_list([job(state="training")], None)
+    marks = set(re.findall(r"data-lora-trainer-\w+", made))
+    assert (
+        marks
+        == set(re.findall(r"data-lora-trainer-\w+", script))
+        == {"data-lora-trainer-stop", "data-lora-trainer-show"}
+    )
