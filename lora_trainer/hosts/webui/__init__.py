@@ -1,0 +1,1 @@
+"""The WebUI as a host. Only this room imports its `modules`."""

@@ -1,0 +1,115 @@
+"""The extension as its tab and its API see it, and its place in the WebUI's callbacks."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from modules import infotext_utils, paths_internal, script_callbacks, sd_models, shared
+
+from lora_trainer.api import mount
+from lora_trainer.config import Config, build, output_name_of
+from lora_trainer.errors import DataError
+from lora_trainer.events import EventSink, Finished
+from lora_trainer.hosts.roots import Roots
+from lora_trainer.hosts.webui.store import lora_dir
+from lora_trainer.jobs.service import JobService
+from lora_trainer.jobs.view import JobView
+from lora_trainer.ui.ports import Checkpoint
+
+TITLE, ELEMENT = "Train LoRA", "lora_trainer_tab"
+
+
+class Extension:
+    """The TabHost and the ApiHost. One for the process: Reload UI makes a new tab over the same jobs."""
+
+    def __init__(self) -> None:
+        self.home = Path(paths_internal.data_path) / "lora_trainer"
+        self.jobs = JobService(self.home / "jobs", work)
+
+    @property
+    def credentials(self) -> Mapping[str, str] | None:
+        pairs = (shared.cmd_opts.api_auth or "").split(",")
+        return dict(pair.split(":", 1) for pair in pairs if ":" in pair) or None
+
+    @property
+    def non_local(self) -> bool:
+        return bool(shared.cmd_opts.webui_is_non_local)
+
+    def checkpoint(self) -> Checkpoint | None:
+        # Not shared.sd_model, which would load one.
+        sd_model = sd_models.model_data.sd_model
+        if sd_model is None:
+            return None
+        return Checkpoint(sd_model.sd_checkpoint_info.title, tuple(_warnings(sd_model)))
+
+    def submit(self, settings: Mapping[str, object]) -> JobView:
+        """Raises UserError."""
+        given = self._roots().settings({key: value for key, value in settings.items() if value is not None})
+        checkpoint = self.checkpoint()
+        if checkpoint is None and "base_model" not in given:
+            raise DataError("no checkpoint is loaded; choose one at the top of the page, wait, and train again")
+        run = self.home / "runs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+        known = {"base_model": checkpoint.title if checkpoint else "", "output_dir": str(run)}
+        return self.jobs.submit(build(known, given))
+
+    def upload_folder(self) -> Path:
+        folder = self.home / "uploads" / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+        folder.mkdir(parents=True)
+        return folder
+
+    def prompt(self, job: JobView, weight: float = 0.8) -> str:
+        words = str(job.settings.get("trigger_words") or "")
+        name = job.name or output_name_of(build(job.settings))
+        return " ".join(filter(None, (words, f"<lora:{name}:{weight:g}>")))
+
+    def send_to_txt2img(self, button: Any, text: Any) -> None:
+        infotext_utils.register_paste_params_button(
+            infotext_utils.ParamBinding(paste_button=button, tabname="txt2img", source_text_component=text)
+        )
+
+    def _roots(self) -> Roots:
+        folders = [Path(paths_internal.data_path), Path(paths_internal.models_path), lora_dir()]
+        return Roots(folders, enforced=self.non_local)
+
+
+def work(_: str, config: Config, sink: EventSink, stop: Callable[[], bool]) -> Finished:
+    # Late, so that start-up does not pay for diffusers and peft.
+    from lora_trainer.hosts.webui.train import train
+
+    return train(config, sink, stop)
+
+
+@cache
+def extension() -> Extension:
+    """The only state of the process: scripts are run again on Reload UI, the package stays."""
+    return Extension()
+
+
+def register() -> None:
+    """Hook the extension into the WebUI; called by its script at each (re)load."""
+    script_callbacks.on_ui_tabs(tab)
+    script_callbacks.on_app_started(started)
+
+
+def tab() -> list[tuple[Any, str, str]]:
+    from lora_trainer.ui.tab import build as build_tab
+
+    return [(build_tab(extension()), TITLE, ELEMENT)]
+
+
+def started(_: Any, app: Any) -> None:
+    if shared.cmd_opts.api or shared.cmd_opts.nowebui:
+        mount(app, extension())
+
+
+def _warnings(sd_model: Any) -> list[str]:
+    channels = sd_model.model.diffusion_model.state_dict()["input_blocks.0.0.weight"].shape[1]
+    inpainting = ["This is an inpainting checkpoint: choose the model it was made from."] if channels != 4 else []
+    name = sd_model.sd_checkpoint_info.name_for_extra.lower()
+    merged = "This looks like a merge: LoRAs trained on its ancestors work with more models." if "merge" in name else ""
+    return [*inpainting, *filter(None, [merged])]

@@ -1,0 +1,40 @@
+"""One job inside the WebUI."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from modules import shared
+
+from lora_trainer.config import Config
+from lora_trainer.events import AnyEvent, EventSink, Finished, Progress, StepDone
+from lora_trainer.hosts.ports import Host
+from lora_trainer.hosts.webui.lease import QueueLease
+from lora_trainer.hosts.webui.loaded import LoadedModel
+from lora_trainer.hosts.webui.store import LoraFolder
+from lora_trainer.logs import CsvLog, TensorBoardLog, fan_out
+from lora_trainer.training.run import run
+
+
+def train(config: Config, sink: EventSink, stop: Callable[[], bool]) -> Finished:
+    """Run `config` on the loaded checkpoint. The WebUI's Interrupt, while the training has the GPU, stops it and
+    saves. Raises UserError."""
+    folder = Path(config.output_dir)
+    kinds = [CsvLog] + ([TensorBoardLog] if config.log_with == "tensorboard" else [])
+    with fan_out(sink, mirror, *(kind(folder / "logs") for kind in kinds)) as events:
+        models = LoadedModel(config, events)
+        lease = QueueLease(models.still_ours, models.give_back)
+        host = Host(models, lease, LoraFolder(folder, config.overwrite, config.trigger_words, events))
+        return run(config, host, events, stop=lambda: stop() or (lease.held and shared.state.interrupted))
+
+
+def mirror(event: AnyEvent) -> None:
+    """The WebUI's progress bar shows the job; the job itself never reads it back."""
+    if isinstance(event, StepDone):
+        done, total, text = event.step, event.steps, f"Training: loss {event.loss:.4f}"
+    elif isinstance(event, Progress):
+        done, total, text = event.done, event.total, event.stage
+    else:
+        return
+    shared.state.job_no, shared.state.job_count, shared.state.textinfo = done, max(total, 1), text

@@ -1,0 +1,130 @@
+"""The loaded model as a Model: views that share its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from modules import devices, shared
+from torch import Tensor
+
+from lora_trainer.config import Config
+from lora_trainer.models.bridge import TEXT_PREFIX, text_view, unet_view, vae_view
+from lora_trainer.models.families import detect
+from lora_trainer.models.model import CheckpointHashes, Model, ModelFacts
+from lora_trainer.models.noise import NoiseSchedule, Prediction
+from lora_trainer.models.text import CHUNK, TextEncoder
+from lora_trainer.models.unet_names import LDM_PREFIX as UNET_PREFIX
+from lora_trainer.models.vae_names import LDM_PREFIX as VAE_PREFIX
+
+_PREDICTIONS: dict[str, Prediction] = {"eps": "epsilon", "v": "v"}
+
+
+def state_of(sd_model: Any) -> dict[str, Tensor]:
+    """The live tensors under the names that a checkpoint file gives them."""
+    parts = (
+        (UNET_PREFIX, sd_model.model.diffusion_model),
+        (VAE_PREFIX, sd_model.first_stage_model),
+        (TEXT_PREFIX, _transformer(sd_model)),
+    )
+    # The WebUI wraps the token embedding to put textual inversions in.
+    return {
+        prefix + name.replace("token_embedding.wrapped.", "token_embedding."): tensor
+        for prefix, module in parts
+        if module is not None
+        for name, tensor in module.state_dict().items()
+    }
+
+
+def view_of(sd_model: Any, config: Config) -> Model:
+    """Views of `sd_model` for one segment. Raises ModelError for a model of another family."""
+    state = state_of(sd_model)
+    family = detect({name: tuple(tensor.shape) for name, tensor in state.items()}, name_of(sd_model))
+    state = {name: _computable(tensor) for name, tensor in state.items()}
+    unet = unet_view(state, num_heads=_heads(sd_model))
+    return Model(
+        unet=unet,
+        text=_text(sd_model, state, config),
+        vae=vae_view(state, scale_factor=float(sd_model.scale_factor)),
+        noise=NoiseSchedule(
+            sd_model.alphas_cumprod_original.float().to(devices.device), _PREDICTIONS[sd_model.parameterization]
+        ),
+        facts=ModelFacts(
+            name=name_of(sd_model),
+            family=family,
+            device=next(unet.parameters()).device,
+            dtype=unet.dtype,
+            hashes=_hashes(sd_model),
+        ),
+    )
+
+
+def name_of(sd_model: Any) -> str:
+    """The checkpoint's name without folder and ending."""
+    return sd_model.sd_checkpoint_info.name_for_extra
+
+
+@dataclass(frozen=True)
+class PromptEncoder(TextEncoder):
+    """Captions read as prompts: emphasis, textual inversions and BREAK, by the WebUI's own encoder.
+
+    One caption at a time: the "Original" emphasis normalizes over the whole batch.
+    """
+
+    prompt: Callable[[list[str]], Tensor] | None = None
+
+    def embed(self, caption: str) -> Tensor:
+        with torch.no_grad(), devices.autocast():
+            return self.prompt([caption])
+
+
+def _text(sd_model: Any, state: dict[str, Tensor], config: Config) -> TextEncoder:
+    encoder = sd_model.cond_stage_model
+    transformer = _transformer(sd_model)
+    view = text_view(state, config=transformer.config)
+    skip = config.clip_skip or int(shared.opts.CLIP_stop_at_last_layers)
+    if config.caption_syntax == "literal":
+        return TextEncoder(_literal(encoder), view, skip)
+    return PromptEncoder(_literal(encoder), view, skip, encoder)
+
+
+def _literal(encoder: Any) -> Callable[[str], Tensor]:
+    """The host's tokenizer, in chunks of 75, with nothing of the prompt's syntax."""
+
+    def tokenize(caption: str) -> Tensor:
+        (ids,) = encoder.tokenize([caption])
+        chunks = [ids[i : i + CHUNK] for i in range(0, len(ids), CHUNK)] or [[]]
+        framed = [[encoder.id_start, *chunk] + [encoder.id_end] * (CHUNK + 1 - len(chunk)) for chunk in chunks]
+        return torch.tensor(framed)
+
+    return tokenize
+
+
+def _transformer(sd_model: Any) -> Any:
+    encoder = getattr(sd_model, "cond_stage_model", None)
+    return getattr(getattr(encoder, "wrapped", None), "transformer", None)
+
+
+def _heads(sd_model: Any) -> int:
+    """Shapes do not tell the number of heads."""
+    modules = sd_model.model.diffusion_model.named_modules()
+    return next((module.heads for name, module in modules if name.endswith("attn1")), 8)
+
+
+def _computable(tensor: Tensor) -> Tensor:
+    """8-bit storage cannot be computed with: the only case in which a copy is made."""
+    return tensor.half() if "float8" in str(tensor.dtype) else tensor
+
+
+def _hashes(sd_model: Any) -> Callable[[], CheckpointHashes]:
+    """The WebUI knows both, and keeps the long one in its cache; without --no-hashing it is computed when asked for."""
+    info = sd_model.sd_checkpoint_info
+
+    def hashes() -> CheckpointHashes:
+        if not info.sha256:
+            info.calculate_shorthash()
+        return CheckpointHashes(info.hash, info.sha256)
+
+    return hashes
