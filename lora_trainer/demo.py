@@ -98,7 +98,7 @@ def prove(config: Config, finished: Finished, seconds: float, sink: EventSink) -
     device = device_of(config.device)
     model = open_model(Path(config.base_model), device)
     items = data.find(config, lambda event: None).held_out
-    samples = data.load(Items(items, ()), config, model, sink=sink, stop=lambda: False).train.samples
+    samples = data.load(Items(items, ()), config, model, sink=sink).train.samples
     network = Network(model.unet, model.noise, mse, Precision(device, torch.float32), LoraDropout({}, 0.0))
     shown = samples[:: max(1, len(samples) // COLUMNS)][:COLUMNS]
     rows = [("base", _draw(model, shown, sink))]

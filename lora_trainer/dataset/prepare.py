@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -19,10 +19,6 @@ from lora_trainer.models.model import Model
 
 # Draws the posterior's noise for (index of the item, shape of its latents): [1, *shape] float32.
 LatentNoise = Callable[[int, tuple[int, int, int]], Tensor]
-
-
-class Stopped(Exception):
-    """The user asked to stop before training began."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +53,21 @@ class Prepared:
         return dict(Counter((s.bucket.width, s.bucket.height) for s in self.samples))
 
 
+@dataclass
+class Encoded:
+    """What is encoded so far. `between` is called before each image."""
+
+    between: Callable[[], object] = lambda: None
+    samples: list[Sample] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    contexts: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        """How many items are dealt with."""
+        return len(self.samples) + len(self.skipped)
+
+
 @dataclass(frozen=True)
 class Sizes:
     """How pictures are cut: the area of a bucket is at most `resolution` squared."""
@@ -72,28 +83,27 @@ def prepare(
     *,
     noise: LatentNoise,
     sink: EventSink,
-    stop: Callable[[], bool] = lambda: False,
+    kept: Encoded | None = None,
 ) -> Prepared:
     """Encode `items`. Unreadable and too small images are named, skipped and counted.
 
-    Raises DataError when none is left, Stopped when `stop()` turns true.
+    What `kept.between` raises ends the work, which goes on when `kept` is given again. Raises DataError when no image
+    is left.
     """
-    contexts: dict[str, Tensor] = {}
-    samples: list[Sample] = []
-    skipped: list[str] = []
-    for index, item in enumerate(items):
-        if stop():
-            raise Stopped
+    kept = Encoded() if kept is None else kept
+    for index, item in enumerate(items[kept.count :], start=kept.count):
+        kept.between()
         try:
             bucket, latents = _latents(item, index, model, sizes, noise)
         except (ImageError, ValueError) as error:
-            skipped.append(str(error))
+            kept.skipped.append(str(error))
             sink(Notice(text=f"skipped: {error}", level="warning"))
-            continue
-        if item.caption not in contexts:
-            contexts[item.caption] = encode_caption(model, item.caption)
-        samples.append(Sample(item, bucket, latents, contexts[item.caption]))
-        sink(Progress(stage="encoding images", done=index + 1, total=len(items)))
+        else:
+            if item.caption not in kept.contexts:
+                kept.contexts[item.caption] = encode_caption(model, item.caption)
+            kept.samples.append(Sample(item, bucket, latents, kept.contexts[item.caption]))
+            sink(Progress(stage="encoding images", done=index + 1, total=len(items)))
+    samples, skipped = kept.samples, kept.skipped
     if skipped:
         sink(Notice(text=f"{len(skipped)} of {len(items)} images skipped", level="warning"))
     if not samples:

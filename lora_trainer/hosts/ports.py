@@ -1,4 +1,4 @@
-"""What a run needs from where it runs: four small Protocols, one of which is `events.EventSink`."""
+"""What a run needs from where it runs: five small Protocols, one of which is `events.EventSink`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
+    from PIL.Image import Image
+
     from lora_trainer.models.model import Model
+    from lora_trainer.sampling import Recipe
 
 
 class ModelSource(Protocol):
@@ -42,10 +46,19 @@ class LoraStore(Protocol):
         ...
 
 
+class Painter(Protocol):
+    """Draws previews as the host draws pictures; only while its lease is held."""
+
+    def draw(self, lora: bytes, prompts: Sequence[str], recipe: Recipe) -> Iterator[Image]:
+        """A picture a prompt with `lora`, a file's bytes in the WebUI's form, at weight 1. Raises UserError."""
+        ...
+
+
 @dataclass(frozen=True)
 class Host:
-    """The place where a run happens."""
+    """The place where a run happens. Without a painter the trainer draws previews itself."""
 
     models: ModelSource
     lease: GpuLease
     store: LoraStore
+    painter: Painter | None = None

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from lora_trainer.config import Config
 from lora_trainer.dataset.items import Item, scan
-from lora_trainer.dataset.prepare import Prepared, Sizes, prepare
+from lora_trainer.dataset.prepare import Encoded, Prepared, Sizes, prepare
 from lora_trainer.errors import DataError
 from lora_trainer.events import EventSink, Notice
 from lora_trainer.models.model import Model
@@ -49,18 +50,26 @@ def split(items: Sequence[Item], share: float, seed: int) -> Items:
     return Items(tuple(i for i in items if i not in chosen), tuple(i for i in items if i in chosen))
 
 
-def load(items: Items, config: Config, model: Model, *, sink: EventSink, stop: Callable[[], bool]) -> TrainingData:
-    """Encode everything. Raises DataError, Stopped."""
+def load(
+    items: Items,
+    config: Config,
+    model: Model,
+    *,
+    sink: EventSink,
+    kept: tuple[Encoded, Encoded] | None = None,
+) -> TrainingData:
+    """Encode everything; `kept` (training, held-out) as for `prepare`. Raises DataError."""
     sizes = Sizes(config.resolution or model.facts.family.resolution, config.allow_upscaling)
 
     def noise(purpose: str) -> Callable:
         return lambda index, shape: randomness.normal(config.seed, purpose, [index], shape)
 
-    train = prepare(items.train, model, sizes, noise=noise("latents"), sink=sink, stop=stop)
+    first, second = kept or (None, None)
+    encode = partial(prepare, model=model, sizes=sizes, sink=sink)
+    train = encode(items.train, noise=noise("latents"), kept=first)
     if not items.held_out:
         return TrainingData(train, None)
-    held_out = prepare(items.held_out, model, sizes, noise=noise("held-out latents"), sink=sink, stop=stop)
-    return TrainingData(train, held_out)
+    return TrainingData(train, encode(items.held_out, noise=noise("held-out latents"), kept=second))
 
 
 def _scan(folder: Path, metadata: Path | None, trigger_words: str, sink: EventSink) -> tuple[Item, ...]:

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from lora_trainer.config import Config
+from lora_trainer.dataset.prepare import Encoded
 from lora_trainer.errors import OutputError
 from lora_trainer.events import EventSink, Notice, Started
 from lora_trainer.hosts.ports import GpuLease
@@ -23,6 +24,14 @@ from lora_trainer.training.precision import resolve
 from lora_trainer.training.results import DivergedError, Results
 from lora_trainer.training.segment import Segment, State, alpha_of, open_segment
 from lora_trainer.training.trial import Measured
+
+
+class _Interrupted(Exception):
+    """Encoding ended before all images were encoded."""
+
+    def __init__(self, outcome: Outcome) -> None:
+        super().__init__(outcome)
+        self.outcome = outcome
 
 
 @dataclass
@@ -40,6 +49,7 @@ class Job:
     measured: Measured = field(default_factory=Measured)
     _data: TrainingData | None = None
     _state: State | None = None
+    _encoded: tuple[Encoded, Encoded] | None = None
 
     def __post_init__(self) -> None:
         self.validation = Validation(None, self.sink)
@@ -47,7 +57,9 @@ class Job:
     def segment(self, model: Model, lease: GpuLease) -> Outcome:
         """Borrow → inject → steps, until done, stopped or handed over. Raises UserError, Stopped."""
         if self._data is None:
-            self._prepare(model)
+            outcome = self._prepare(model, lease)
+            if outcome is not Outcome.DONE:
+                return outcome
         feed = Feed(
             self._data.train.samples,
             self.config.batch_size,
@@ -66,16 +78,28 @@ class Job:
                 self._finish(segment, feed)
         return outcome
 
-    def _prepare(self, model: Model) -> None:
+    def _prepare(self, model: Model, lease: GpuLease) -> Outcome:
         notice = resolve(self.config.mixed_precision, model.facts.device)[1]
-        if notice:
+        if notice and not self._encoded:
             self.sink(Notice(text=notice))
-        if self.config.enable_xformers:
+        if self.config.enable_xformers and not self._encoded:
             self.sink(Notice(text="enable_xformers: not needed, torch's own attention (SDPA) does the same"))
         began = time.perf_counter()
-        self._data = data.load(self.items, self.config, model, sink=self.sink, stop=self.stop)
+        between = partial(self._between_images, lease)
+        self._encoded = self._encoded or (Encoded(between), Encoded(between))
+        try:
+            self._data = data.load(self.items, self.config, model, sink=self.sink, kept=self._encoded)
+        except _Interrupted as interruption:
+            return interruption.outcome
         self.measured.prepare = (time.perf_counter() - began) / len(self.items.train + self.items.held_out)
         self.validation.held_out = self._data.held_out
+        return Outcome.DONE
+
+    def _between_images(self, lease: GpuLease) -> None:
+        if self.stop():
+            raise _Interrupted(Outcome.STOPPED)
+        if not lease.hand_over():
+            raise _Interrupted(Outcome.HANDED_OVER)
 
     def _begin(self, segment: Segment, steps: int) -> None:
         config, facts = self.config, segment.model.facts

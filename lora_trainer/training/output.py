@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from lora_trainer.adapters.metadata import BaseFacts, DataFacts, RunFacts, build_metadata
@@ -18,7 +19,7 @@ from lora_trainer.config.export import to_header, to_yaml
 from lora_trainer.dataset.prepare import Prepared
 from lora_trainer.events import EventSink, Notice, Saved
 from lora_trainer.events import Progress as Working
-from lora_trainer.hosts.ports import LoraStore
+from lora_trainer.hosts.ports import LoraStore, Painter
 from lora_trainer.models.model import Model
 from lora_trainer.sampling import Recipe, generate
 from lora_trainer.training import randomness
@@ -45,6 +46,7 @@ class Output:
     store: LoraStore
     sink: EventSink
     clock: Callable[[], float]
+    painter: Painter | None = None
     name: str = field(init=False)
     started_at: float = field(init=False)
 
@@ -84,14 +86,22 @@ class Output:
         recipe = Recipe(
             (size, size), config.sample_steps, config.sample_guidance, config.sample_negative_prompt, config.seed
         )
-        for number, prompt in enumerate(config.sample_prompts, start=1):
-            (picture,) = generate(segment.model, [prompt], recipe, segment.network.precision)
+        for number, picture in enumerate(self._drawn(segment, recipe), start=1):
             buffer = io.BytesIO()
             picture.save(buffer, format="PNG")
             file = f"samples/{self.name}-step{step:08}-{number}.png"
             path = self.store.publish(file, buffer.getvalue(), final=False)
             self.sink(Working(stage="drawing", done=number, total=len(config.sample_prompts)))
             self.sink(Saved(path=str(path), step=step, kind="sample"))
+
+    def _drawn(self, segment: Segment, recipe: Recipe) -> Iterator[Image]:
+        """A picture a sample prompt: by the host's own painter, with the LoRA as it would be saved, or by ours."""
+        if self.painter is None:
+            for prompt in self.config.sample_prompts:
+                yield from generate(segment.model, [prompt], recipe, segment.network.precision)
+            return
+        lora = assemble(self._rounded(to_kohya(UNET_PREFIX, segment.adapter.factors())), {})
+        yield from self.painter.draw(lora, self.config.sample_prompts, recipe)
 
     def _rounded(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Weights in the file's precision; alphas stay fp32 scalars."""

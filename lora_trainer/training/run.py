@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 
 from lora_trainer.config import Config
-from lora_trainer.dataset.prepare import Stopped
 from lora_trainer.events import EventSink, Finished, Notice
 from lora_trainer.hosts.ports import Host
 from lora_trainer.training import data, trial
@@ -32,15 +31,12 @@ def run(
     began = time.perf_counter()
     full = (config, data.find(config, sink))
     config, items = trial.shorten(*full) if config.trial else full
-    job = Job(config, items, Output(config, host.store, sink, clock), sink, stop)
+    job = Job(config, items, Output(config, host.store, sink, clock, host.painter), sink, stop)
     outcome = Outcome.HANDED_OVER
-    try:
-        with torch_settings(config.cpu_threads), host.lease.hold():
-            while outcome is Outcome.HANDED_OVER:
-                with host.models.borrow() as model:
-                    outcome = job.segment(model, host.lease)
-    except Stopped:
-        outcome = Outcome.STOPPED
+    with torch_settings(config.cpu_threads), host.lease.hold():
+        while outcome is Outcome.HANDED_OVER:
+            with host.models.borrow() as model:
+                outcome = job.segment(model, host.lease)
     if config.trial and outcome is Outcome.DONE:
         sink(Notice(text=trial.forecast(*full, job.measured)))
     finished = Finished(
