@@ -49,7 +49,7 @@ def model_of(
         vae=vae_view(state, scale_factor=config.scale_factor or family.scale_factor),
         noise=schedule(state, family, config).to(device),
         facts=ModelFacts(
-            name=path.stem,
+            name=path.name,
             family=family,
             device=device,
             dtype=unet.dtype,

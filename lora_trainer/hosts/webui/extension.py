@@ -16,6 +16,7 @@ from lora_trainer.config import Config, build, output_name_of
 from lora_trainer.errors import DataError
 from lora_trainer.events import EventSink, Finished
 from lora_trainer.hosts.roots import Roots
+from lora_trainer.hosts.webui.interrupt import watch_reloads
 from lora_trainer.hosts.webui.store import lora_dir
 from lora_trainer.jobs.service import JobService
 from lora_trainer.jobs.view import JobView
@@ -92,6 +93,7 @@ def extension() -> Extension:
 
 def register() -> None:
     """Hook the extension into the WebUI; called by its script at each (re)load."""
+    watch_reloads()
     script_callbacks.on_ui_tabs(tab)
     script_callbacks.on_app_started(started)
 

@@ -27,6 +27,7 @@ class QueueLease:
     give_back: Callable[[], None]
     held: bool = field(default=False, init=False)
     _owed: bool = field(default=False, init=False)
+    _disturbed: bool = field(default=False, init=False)
 
     @contextmanager
     def hold(self) -> Iterator[None]:
@@ -46,7 +47,7 @@ class QueueLease:
     def hand_over(self) -> bool:
         waiting = _waiting()
         if not waiting and not self._owed:
-            return True
+            return self._undisturbed()
         mirrored = _Mirror.of(shared.state)
         queue_lock.release()
         try:
@@ -57,7 +58,16 @@ class QueueLease:
         # What was interrupted was theirs: `begin` forgets it.
         shared.state.begin(job=JOB)
         mirrored.put(shared.state)
-        return self.still_ours()
+        self._disturbed = True
+        return self._undisturbed()
+
+    def disturb(self) -> None:
+        """Somebody has used the model: at the next boundary it is looked at."""
+        self._disturbed = True
+
+    def _undisturbed(self) -> bool:
+        disturbed, self._disturbed = self._disturbed, False
+        return not disturbed or self.still_ours()
 
 
 @dataclass(frozen=True)

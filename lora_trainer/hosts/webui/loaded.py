@@ -85,7 +85,9 @@ class LoadedModel:
         self._job = self._job or self._wanted(sd_model)
         if sd_model.sd_checkpoint_info.filename != self._job.filename:
             self.sink(Notice(text=f"another checkpoint was loaded meanwhile: {self._job.name} is loaded again"))
-            sd_model = sd_models.reload_model_weights(sd_model, self._job)
+            # What the user has chosen stays chosen: `give_back` and their next picture load it.
+            with sd_models.SkipWritingToConfig():
+                sd_model = sd_models.reload_model_weights(sd_model, self._job)
         return sd_model
 
     def _wanted(self, sd_model: Any) -> Any:

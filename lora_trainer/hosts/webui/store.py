@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from modules import shared
 
@@ -15,9 +15,9 @@ from lora_trainer.errors import ConfigError, OutputError
 from lora_trainer.events import EventSink, Notice
 from lora_trainer.hosts.webui.merged import lora_extension
 from lora_trainer.models.checkpoint import read_header
+from lora_trainer.training.output import DIFFUSERS_FILE
 
 LORA = ".safetensors"
-PREFERRED_WEIGHT = 0.8
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,6 @@ class LoraFolder:
 
     folder: Path
     overwrite: bool
-    trigger_words: str
     sink: EventSink
 
     def claim(self, name: str) -> str:
@@ -42,18 +41,26 @@ class LoraFolder:
         return next(n for n in numbered if n.lower() not in taken and not (lora_dir() / f"{n}{LORA}").exists())
 
     def publish(self, file: str, data: bytes, *, final: bool) -> Path:
-        """A finished LoRA is taken back when the WebUI's own loader does not know all of its tensors."""
-        if not final or not file.endswith(LORA) or "/" in file:
-            target = self.folder / file
-            publish(data, target)
-            return target
-        target = self._replace(lora_dir() / file, data)
+        """A finished LoRA reaches the Lora folder when the WebUI's own loader knows all of its modules; else it stays
+        in the run's folder. Raises OutputError."""
+        mine = self.folder / file
+        publish(data, mine)
+        if not final or not file.endswith(LORA) or file == DIFFUSERS_FILE:
+            return mine
         networks = lora_extension()
         if networks is not None:
-            self._check(networks, target)
+            self._check(networks, mine)
+        target = self._replace(self._place(networks, file), data)
+        mine.unlink()
+        if networks is not None:
             networks.update_available_networks_by_names([target.stem])
-        self._card(target)
         return target
+
+    def _place(self, networks: Any, file: str) -> Path:
+        """In the Lora folder; what is to be overwritten may lie in a subfolder of it."""
+        entry = getattr(networks, "available_networks", {}).get(Path(file).stem)
+        there = Path(entry.filename) if entry is not None else None
+        return there if self.overwrite and there is not None and there.is_file() else lora_dir() / file
 
     def _replace(self, target: Path, data: bytes) -> Path:
         """A file that Windows keeps locked, because it is loaded, stays; the new one gets another name."""
@@ -69,39 +76,23 @@ class LoraFolder:
             publish(data, other)
             return other
 
-    def _check(self, networks: object, target: Path) -> None:
-        modules = {key.rpartition(".lora_")[0] for key in read_header(target) if ".lora_" in key}
+    def _check(self, networks: Any, file: Path) -> None:
+        modules = {key.rpartition(".lora_")[0] for key in read_header(file) if ".lora_" in key}
         try:
-            entry = networks.network.NetworkOnDisk(target.stem, str(target))
-            known = networks.load_network(target.stem, entry).modules
+            known = networks.load_network(file.stem, networks.network.NetworkOnDisk(file.stem, str(file))).modules
         except Exception as error:
-            target.unlink()
-            raise OutputError(f"{target}: the WebUI's loader refuses it ({error}); it is taken back") from error
+            raise OutputError(f"{file}: kept there, because the WebUI's loader refuses it: {error}") from error
         if len(known) != len(modules):
-            target.unlink()
             raise OutputError(
-                f"{target}: the WebUI's loader knows {len(known)} of its {len(modules)} modules; it is taken back"
+                f"{file}: kept there, because the WebUI's loader knows only {len(known)} of its {len(modules)} modules"
             )
         self.sink(Notice(text=f"checked with the WebUI's loader: {len(known)} of {len(modules)} modules apply"))
-
-    def _card(self, target: Path) -> None:
-        """What the card of the LoRA shows and puts into the prompt. The user's own edits stay."""
-        card = target.with_suffix(".json")
-        if card.exists():
-            return
-        values = {
-            "description": "Trained with LoRA Trainer.",
-            "sd version": "SD1",
-            "activation text": self.trigger_words,
-            "preferred weight": PREFERRED_WEIGHT,
-        }
-        publish(json.dumps(values, indent=4, ensure_ascii=False).encode(), card)
 
 
 def lora_dir() -> Path:
     return Path(shared.cmd_opts.lora_dir)
 
 
-def _known(networks: object | None) -> Iterator[str]:
+def _known(networks: Any) -> Iterator[str]:
     for names in ("available_networks", "available_network_aliases"):
         yield from getattr(networks, names, ())

@@ -10,9 +10,12 @@ from modules import shared
 from lora_trainer.config import Config
 from lora_trainer.events import AnyEvent, EventSink, Finished, Progress, StepDone
 from lora_trainer.hosts.ports import Host
+from lora_trainer.hosts.webui.card import write_card
+from lora_trainer.hosts.webui.interrupt import interrupted
 from lora_trainer.hosts.webui.lease import QueueLease
 from lora_trainer.hosts.webui.loaded import LoadedModel
-from lora_trainer.hosts.webui.store import LoraFolder
+from lora_trainer.hosts.webui.painter import Txt2Img
+from lora_trainer.hosts.webui.store import LoraFolder, lora_dir
 from lora_trainer.logs import CsvLog, TensorBoardLog, fan_out
 from lora_trainer.training.run import run
 
@@ -25,8 +28,12 @@ def train(config: Config, sink: EventSink, stop: Callable[[], bool]) -> Finished
     with fan_out(sink, mirror, *(kind(folder / "logs") for kind in kinds)) as events:
         models = LoadedModel(config, events)
         lease = QueueLease(models.still_ours, models.give_back)
-        host = Host(models, lease, LoraFolder(folder, config.overwrite, config.trigger_words, events))
-        return run(config, host, events, stop=lambda: stop() or (lease.held and shared.state.interrupted))
+        host = Host(models, lease, LoraFolder(folder, config.overwrite, events), Txt2Img(folder, lease.disturb))
+        finished = run(config, host, events, stop=lambda: stop() or (lease.held and interrupted()))
+        for lora in map(Path, finished.output):
+            if lora.is_relative_to(lora_dir()):
+                write_card(lora, config, folder)
+        return finished
 
 
 def mirror(event: AnyEvent) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,8 +63,8 @@ def view_of(sd_model: Any, config: Config) -> Model:
 
 
 def name_of(sd_model: Any) -> str:
-    """The checkpoint's name without folder and ending."""
-    return sd_model.sd_checkpoint_info.name_for_extra
+    """The checkpoint's file name without its folder."""
+    return Path(sd_model.sd_checkpoint_info.filename).name
 
 
 @dataclass(frozen=True)

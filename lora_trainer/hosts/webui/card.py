@@ -1,0 +1,47 @@
+"""The card of a finished LoRA: what the WebUI shows of it, and what a click on it puts into the prompt."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+from lora_trainer.adapters.writer import publish
+from lora_trainer.config import Config
+from lora_trainer.dataset.images import ImageError, load_image
+from lora_trainer.dataset.items import IMAGE_SUFFIXES
+
+PREFERRED_WEIGHT, SIDE = 0.8, 512
+PICTURES = (".png", ".preview.png", ".jpg", ".preview.jpg", ".webp", ".preview.webp")
+
+
+def write_card(lora: Path, config: Config, folder: Path) -> None:
+    """Beside `lora`: its texts, and the newest preview in `folder`, else a training picture. What is there stays."""
+    card = lora.with_suffix(".json")
+    if not card.exists():
+        values = {
+            "description": f"Trained with LoRA Trainer on {config.base_model}.",
+            "sd version": "SD1",
+            "activation text": config.trigger_words,
+            "preferred weight": PREFERRED_WEIGHT,
+        }
+        publish(json.dumps(values, indent=4, ensure_ascii=False).encode(), card)
+    if not any(lora.with_suffix(ending).exists() for ending in PICTURES):
+        picture = _picture(config, folder)
+        if picture is not None:
+            publish(picture, lora.with_suffix(".png"))
+
+
+def _picture(config: Config, folder: Path) -> bytes | None:
+    previews = sorted((folder / "samples").glob("*-1.png"))
+    trained = (p for p in sorted(Path(config.train_data_dir).iterdir()) if p.suffix.lower() in IMAGE_SUFFIXES)
+    for path in (*previews[-1:], *trained):
+        try:
+            image = load_image(path)
+        except ImageError:
+            continue
+        image.thumbnail((SIDE, SIDE))
+        buffer = io.BytesIO()
+        image.save(buffer, format="PNG")
+        return buffer.getvalue()
+    return None
