@@ -42,6 +42,10 @@ def test_a_half_vae_that_overflows_is_asked_again_in_float32(checkpoint):
         vae.encoder.mid_block.resnets[0].conv2.weight.mul_(2.0**5)
     expected = encode(vae, pixels, noise)
     half = vae.half()
+    try:
+        torch.nn.functional.conv2d(torch.ones(1, 1, 1, 1).half(), torch.ones(1, 1, 1, 1).half())
+    except RuntimeError:
+        pytest.skip("this torch has no half-precision convolution on the CPU")
     assert not torch.isfinite(half.encode(pixels.half()).latent_dist.mean).all(), "the test's VAE should overflow"
     assert torch.allclose(encode(half, pixels, noise), expected, atol=0.05 * expected.abs().max())
     assert next(half.parameters()).dtype == torch.float16
