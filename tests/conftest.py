@@ -1,4 +1,4 @@
-"""Shared fixtures: a tiny checkpoint, and a folder of pictures with captions."""
+"""Shared fixtures: a tiny checkpoint, a folder of pictures with captions, and a stand-in for the WebUI."""
 
 from __future__ import annotations
 
@@ -48,3 +48,23 @@ def settings(checkpoint, pictures, tmp_path) -> dict:
         "output_name": "tiny",
         "cpu_threads": 1,
     }
+
+
+@pytest.fixture(scope="session")
+def webui_checkpoints(tmp_path_factory) -> Path:
+    from tests.fake_webui.checkpoints import write_checkpoints
+
+    return write_checkpoints(tmp_path_factory.mktemp("webui") / "Stable-diffusion")
+
+
+@pytest.fixture
+def fake_webui(webui_checkpoints, tmp_path):
+    """A started WebUI that has `tiny` and `other`; `tiny` is chosen, and loaded when first asked for."""
+    from tests.fake_webui.install import installed
+
+    models = tmp_path / "webui" / "models"
+    models.mkdir(parents=True)
+    (models / "Stable-diffusion").symlink_to(webui_checkpoints)
+    with installed(tmp_path / "webui") as webui:
+        webui.choose("tiny")
+        yield webui

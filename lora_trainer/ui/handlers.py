@@ -20,20 +20,26 @@ class Handlers:
     """The tab's events over `host`. `update` makes gradio's changes to a component."""
 
     # The components that every event answers for, in this order.
-    SCREEN = ("checkpoint", "panel", "log", "jobs", "stop", "result", "file", "prompt", "grid", "beat", "seen")
+    SCREEN = (
+        *("checkpoint", "panel", "log", "jobs", "stop"),
+        *("result", "file", "prompt", "compare", "grid", "beat", "seen"),
+    )
 
     def __init__(self, host: TabHost, update: Callable[..., Any]) -> None:
         self.host, self.update = host, update
+        # A job's view does not say that it was told to stop.
+        self.stopping: set[str] = set()
 
     def look(self, picked: str, seen: str) -> list[Any]:
         """The screen now, showing the job `picked`; `seen` is the result that the page shows already."""
-        return self._answer(look(self.host, picked), seen)
+        return self._answer(look(self.host, picked, self.stopping), seen)
 
     def stop(self, picked: str, seen: str) -> list[Any]:
         """Stop the job on show, and go back to the one that runs."""
         job = shown_job(self.host, picked)
         if job is not None and live.is_active(job):
             self.host.jobs.stop(job.id)
+            self.stopping.add(job.id)
         return ["", *self.look("", seen)]
 
     def submit(self, keys: Sequence[str], *, trial: bool) -> Callable[..., list[Any]]:
@@ -44,8 +50,8 @@ class Handlers:
             try:
                 self.host.submit({**settings, "trial": trial})
             except UserError as error:
-                return [live.refusal(str(error)), self.update(), *self.look(picked, seen)]
-            return ["", "", *self.look("", seen)]
+                return [_answered(live.refusal(str(error))), self.update(), *self.look(picked, seen)]
+            return [_answered(""), "", *self.look("", seen)]
 
         return click
 
@@ -54,8 +60,8 @@ class Handlers:
         try:
             received = receive([_upload(file) for file in files or ()], self.host.upload_folder())
         except UserError as error:
-            return [self.update(), live.refusal(str(error), head="Not uploaded.")]
-        return [str(received.folder), live.note(_arrived(received), received.skipped)]
+            return [self.update(), _answered(live.refusal(str(error), head="Not uploaded."))]
+        return [str(received.folder), _answered(live.note(_arrived(received), received.skipped))]
 
     def _answer(self, screen: Screen, seen: str) -> list[Any]:
         """The components' new values. The result is sent only when it is another one: its prompt may be edited."""
@@ -65,7 +71,8 @@ class Handlers:
         if result is not None:
             fresh["file"] = {"value": result.file}
             fresh["prompt"] = {"value": result.prompt}
-            fresh["grid"] = {"value": result.grid, "visible": bool(result.grid)}
+            fresh["compare"] = {"visible": bool(result.grid)}
+            fresh["grid"] = {"value": result.grid}
         changes = fresh if key != seen else {}
         beat = f'<span data-active="{int(screen.active)}" data-beat="{time.time():.3f}"></span>'
         values = {
@@ -78,6 +85,11 @@ class Handlers:
             "seen": key,
         }
         return [values[name] if name in values else self.update(**changes.get(name, {})) for name in self.SCREEN]
+
+
+def _answered(html: str) -> str:
+    """Marked with the time: the page's script knows by it that its click was answered, be it in the same words."""
+    return f'{html}<span data-at="{time.time():.3f}"></span>'
 
 
 def _upload(file: Any) -> Upload:

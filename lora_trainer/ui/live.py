@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from lora_trainer.ui.chart import curve, finite, smooth
@@ -42,11 +42,11 @@ def checkpoint(found: Checkpoint | None) -> str:
     return f'<div class="lt-checkpoint">Trains on <b>{safe(found.title)}</b>{warnings}</div>'
 
 
-def panel(job: JobView | None) -> str:
+def panel(job: JobView | None, *, stopping: Collection[str] = ()) -> str:
     """Where the job stands: state, bar, curve, numbers, and what went wrong."""
     if job is None:
         return '<div class="lt-panel lt-empty">Name a folder of pictures and press Train.<br>Progress shows here.</div>'
-    parts = [_head(job), _bar(job), _error(job), _curve(job), _numbers(job)]
+    parts = [_head(job, stopping), _bar(job), _error(job), _curve(job), _numbers(job)]
     return f'<div class="lt-panel">{"".join(parts)}</div>'
 
 
@@ -73,29 +73,31 @@ def log(job: JobView | None) -> str:
     return f'<div class="lt-log" tabindex="0" aria-label="Log">{rows}</div>'
 
 
-def job_list(jobs: Iterable[JobView], shown: JobView | None) -> str:
+def job_list(jobs: Iterable[JobView], shown: JobView | None, *, stopping: Collection[str] = ()) -> str:
     """The jobs, newest first; a click on one shows it, on its cross stops it (javascript/lora_trainer.js)."""
-    rows = "".join(_row(job, shown is not None and job.id == shown.id) for job in jobs)
+    rows = "".join(_row(job, shown is not None and job.id == shown.id, stopping) for job in jobs)
     return f'<div class="lt-jobs"><div class="lt-title">Jobs</div>{rows}</div>' if rows else ""
 
 
-def _row(job: JobView, current: bool) -> str:
+def _row(job: JobView, current: bool, stopping: Collection[str]) -> str:
     name, id = safe(job.name), safe(job.id)
     progress = f"{round(100 * _share(job))} %" if job.state in RUNNING and job.step else ""
     cross = (
         f'<button type="button" class="lt-cross" data-lora-trainer-stop="{id}" title="Stop {name}" '
         f'aria-label="Stop {name}">✕</button>'
-        if is_active(job)
+        if is_active(job) and job.id not in stopping
         else ""
     )
     return (
         f'<div class="lt-job{" lt-current" if current else ""}">'
-        f'<button type="button" class="lt-show" data-lora-trainer-show="{id}">{_chip(job)}'
+        f'<button type="button" class="lt-show" data-lora-trainer-show="{id}">{_chip(job, stopping)}'
         f'<span class="lt-name">{name}</span><span class="lt-progress">{progress}</span></button>{cross}</div>'
     )
 
 
-def _chip(job: JobView) -> str:
+def _chip(job: JobView, stopping: Collection[str]) -> str:
+    if is_active(job) and job.id in stopping:
+        return '<span class="lt-chip lt-stopping">Stopping</span>'
     return f'<span class="lt-chip lt-{safe(job.state)}">{STATES.get(job.state, safe(job.state))}</span>'
 
 
@@ -105,10 +107,12 @@ def _share(job: JobView) -> float:
     return min(1.0, job.step / job.steps) if job.steps else 0.0
 
 
-def _head(job: JobView) -> str:
+def _head(job: JobView, stopping: Collection[str]) -> str:
     stage = job.stage if is_active(job) and job.stage.lower() != STATES.get(job.state, "").lower() else ""
+    if is_active(job) and job.id in stopping:
+        stage = "ends after this step and saves what it has learned" if job.step else "ends before the first step"
     return (
-        f'<div class="lt-head" aria-live="polite">{_chip(job)}<span class="lt-name">{safe(job.name)}</span>'
+        f'<div class="lt-head" aria-live="polite">{_chip(job, stopping)}<span class="lt-name">{safe(job.name)}</span>'
         f'<span class="lt-stage">{safe(stage)}</span></div>'
     )
 
@@ -120,7 +124,9 @@ def _bar(job: JobView) -> str:
     # Before the first step nobody knows the share.
     waiting = " lt-waiting" if job.state == "preparing" and not job.step else ""
     steps = f"Step {job.step:,}" + (f" of {job.steps:,}" if job.steps else "") if job.step else ""
-    epochs = f"epoch {job.epoch}" + (f" of {job.epochs}" if job.epochs else "") if job.epoch else ""
+    # Under "Stop after steps" the last epoch is never reached.
+    known = job.epochs and not job.settings.get("max_train_steps")
+    epochs = f"epoch {job.epoch}" + (f" of {job.epochs}" if known else "") if job.epoch else ""
     left = f"{duration(job.eta)} left" if job.eta is not None and job.state == "training" else ""
     words = " · ".join(word for word in (steps, epochs) if word)
     return (

@@ -42,6 +42,11 @@ class TabHost(Protocol):
         """The words that show the job's LoRA: `trigger words <lora:name:0.8>`."""
         ...
 
+    def grid(self, job: JobView) -> str | None:
+        """An infotext that has txt2img draw the job's saved steps side by side; None when there is nothing to
+        compare, or when prompts cannot name the saved steps."""
+        ...
+
     def send_to_txt2img(self, button: object, text: object) -> None:
         """Let a click on `button` put the value of `text` into txt2img and switch to it."""
         ...

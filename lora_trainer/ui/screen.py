@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,13 +14,12 @@ if TYPE_CHECKING:
     from lora_trainer.jobs.view import JobView
     from lora_trainer.ui.ports import TabHost
 
-JOBS_LISTED = 12
-_TAG = re.compile(r"<lora:[^:>]+(:[^>]*)?>")
+JOBS_LISTED = 8
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a job left behind: its file as HTML, a prompt that shows it, and values for X/Y/Z's Prompt S/R."""
+    """What a job left behind: its file as HTML, a prompt that shows it, and an infotext to compare its saves."""
 
     file: str
     prompt: str
@@ -40,17 +39,18 @@ class Screen:
     active: bool
 
 
-def look(host: TabHost, picked: str = "") -> Screen:
-    """The tab now, showing the job `picked`, else the one that runs, waits first or ended last."""
+def look(host: TabHost, picked: str = "", stopping: Collection[str] = ()) -> Screen:
+    """The tab now, showing the job `picked`, else the one that runs, waits first or ended last; the jobs `stopping`
+    were told to."""
     jobs = host.jobs.jobs()
     job = shown_job(host, picked)
     return Screen(
         checkpoint=live.checkpoint(host.checkpoint()),
-        panel=live.panel(job),
+        panel=live.panel(job, stopping=stopping),
         log=live.log(job),
-        jobs=live.job_list(jobs[:JOBS_LISTED], job),
+        jobs=live.job_list(jobs[:JOBS_LISTED], job, stopping=stopping),
         result=result_of(host, job) if job is not None else None,
-        stoppable=job is not None and live.is_active(job),
+        stoppable=job is not None and live.is_active(job) and job.id not in stopping,
         active=any(live.is_active(one) for one in jobs),
     )
 
@@ -74,34 +74,13 @@ def result_of(host: TabHost, job: JobView) -> Result | None:
     files = [path for path in job.output if path.lower().endswith(".safetensors")]
     if live.is_active(job) or not files:
         return None
-    prompt = host.prompt(job)
-    return Result(_file_line(files[0]), prompt, grid(prompt, [_stem(path) for path in files[1:]]))
-
-
-def grid(prompt: str, names: list[str]) -> str:
-    """X/Y/Z values for Prompt S/R: the prompt's own LoRA first, then each earlier save of it in order."""
-    found = _TAG.search(prompt)
-    if found is None:
-        return ""
-    own = found[0].removeprefix("<lora:").split(":")[0].rstrip(">")
-    saves = sorted(name for name in set(names) if name.startswith(f"{own}-"))
-    tags = [found[0], *(f"<lora:{name}{found[1] or ''}>" for name in saves)]
-    return ", ".join(tags) if saves else ""
+    return Result(_file_line(files[0]), host.prompt(job), host.grid(job) or "")
 
 
 def _file_line(path: str) -> str:
-    folder, name = _split(path)
+    cut = max(path.rfind("/"), path.rfind("\\"))
+    folder, name = path[: max(cut, 0)], path[cut + 1 :]
     return (
         f'<div class="lt-file"><span>Your LoRA</span><b>{safe(name)}</b><span class="lt-folder">{safe(folder)}</span>'
         "</div>"
     )
-
-
-def _stem(path: str) -> str:
-    return _split(path)[1].removesuffix(".safetensors")
-
-
-def _split(path: str) -> tuple[str, str]:
-    """(folder, name) of a path of any system."""
-    cut = max(path.rfind("/"), path.rfind("\\"))
-    return path[: max(cut, 0)], path[cut + 1 :]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lora_trainer.config.options import options
-from lora_trainer.ui import controls, fields
+from lora_trainer.ui import controls, fields, live
 from lora_trainer.ui.handlers import Handlers
 
 if TYPE_CHECKING:
@@ -60,12 +60,14 @@ def _pictures(handlers: Handlers) -> dict[str, Component]:
     import gradio as gr
 
     name, folder = (controls.make(options()[key]) for key in ("output_name", "train_data_dir"))
-    upload = gr.File(
-        label="Or drop pictures, caption files or a zip here",
-        file_count="multiple",
-        elem_id="lora_trainer_upload",
-    )
-    received = gr.HTML("", elem_id="lora_trainer_received")
+    with gr.Column(elem_id="lora_trainer_drop"):
+        # Not gr.File: in gradio 3 its upload is lost when any other event answers meanwhile, and ours always do.
+        upload = gr.UploadButton(
+            "Or drop pictures, captions, a folder or a zip here, or click to choose",
+            file_count="multiple",
+            elem_id="lora_trainer_upload",
+        )
+        received = gr.HTML("", elem_id="lora_trainer_received")
     upload.upload(handlers.receive, inputs=[upload], outputs=[folder, received], api_name=False)
     words = controls.make(options()["trigger_words"])
     return {"output_name": name, "train_data_dir": folder, "trigger_words": words}
@@ -101,6 +103,8 @@ def _actions() -> _Actions:
         tick = gr.Button("Look", elem_id="lora_trainer_tick")
         stop_picked = gr.Button("Stop it", elem_id="lora_trainer_stop_picked")
         picked = gr.Textbox("", label="Job", elem_id="lora_trainer_picked")
+    trial_run = "Trial run: a few steps on a few pictures, then how long the full run will take."
+    gr.HTML(live.note(trial_run), elem_id="lora_trainer_trial_help")
     return _Actions(train, trial, stop, tick, stop_picked, picked)
 
 
@@ -112,18 +116,17 @@ def _live(host: TabHost) -> dict[str, Any]:
     with gr.Column(visible=False, elem_classes=["lt-result"]) as result:
         file = gr.HTML("")
         prompt = gr.Textbox(label="Prompt", elem_id="lora_trainer_prompt", interactive=True, lines=1)
-        try_it = gr.Button("Try it", variant="primary", elem_id="lora_trainer_try_it")
-        grid = gr.Textbox(
-            label="Compare the saved steps",
-            info="Script X/Y/Z plot, X type Prompt S/R, these X values; the prompt above goes into txt2img.",
-            elem_id="lora_trainer_grid",
-            interactive=False,
-            show_copy_button=True,
-        )
+        with gr.Row(elem_classes=["lt-buttons"]):
+            try_it = gr.Button("Try it", variant="primary", elem_id="lora_trainer_try_it", scale=3, min_width=120)
+            compare = gr.Button("Compare the saved steps", elem_id="lora_trainer_compare", scale=2, min_width=200)
+        with gr.Row(elem_classes=["lt-hidden"]):
+            grid = gr.Textbox("", label="Grid", elem_id="lora_trainer_grid")
     host.send_to_txt2img(try_it, prompt)
+    host.send_to_txt2img(compare, grid)
     jobs = gr.HTML("", elem_id="lora_trainer_jobs")
     log = gr.HTML("", elem_id="lora_trainer_log")
-    return {"panel": panel, "result": result, "file": file, "prompt": prompt, "grid": grid, "jobs": jobs, "log": log}
+    shown = {"panel": panel, "result": result, "file": file, "prompt": prompt, "compare": compare, "grid": grid}
+    return shown | {"jobs": jobs, "log": log}
 
 
 def _connect(handlers: Handlers, actions: _Actions, screen: Mapping[str, Any], inputs: Mapping[str, Component]) -> None:

@@ -18,7 +18,7 @@ from lora_trainer.ui import fields, live
 from lora_trainer.ui.chart import MAX_POINTS, curve, smooth
 from lora_trainer.ui.handlers import Handlers
 from lora_trainer.ui.ports import Checkpoint
-from lora_trainer.ui.screen import grid, look, shown_job
+from lora_trainer.ui.screen import look, shown_job
 from lora_trainer.ui.words import advice, duration, memory, step_time
 
 EVIL = "<img src=x onerror=alert(1)>&\"'"
@@ -95,6 +95,8 @@ class FakeHost:
     model: Checkpoint | None = None
     submitted: list[dict[str, object]] = field(default_factory=list)
     asked: int = 0
+    infotext: str | None = None
+    bound: list[tuple[object, object]] = field(default_factory=list)
 
     def checkpoint(self) -> Checkpoint | None:
         self.asked += 1
@@ -114,8 +116,11 @@ class FakeHost:
     def prompt(self, job: SimpleNamespace, weight: float = 0.8) -> str:
         return f"mystyle <lora:{job.name}:{weight:g}>"
 
+    def grid(self, job: SimpleNamespace) -> str | None:
+        return self.infotext
+
     def send_to_txt2img(self, button: object, text: object) -> None:
-        self.bound = (button, text)
+        self.bound.append((button, text))
 
 
 def changes(**values: object) -> dict[str, object]:
@@ -252,6 +257,13 @@ def test_the_panel_says_how_far_it_is():
     assert html.count("<polyline") == 3
 
 
+def test_epochs_that_will_not_be_reached_are_not_promised():
+    assert "epoch 5 of 10" in live.panel(job(**HALFWAY))
+    html = live.panel(job(**HALFWAY | {"settings": {"max_train_steps": 240}}))
+    assert "epoch 5" in html
+    assert "of 10" not in html
+
+
 def test_a_job_that_knows_nothing_yet_shows_no_numbers():
     html = live.panel(job())
     assert "Waiting" in html
@@ -331,19 +343,16 @@ def test_which_job_is_shown():
     assert shown_job(FakeHost()) is None
 
 
-def test_a_result_offers_the_prompt_and_a_grid_over_its_saves():
-    files = (
-        "/lora/style.safetensors",
-        "C:\\run\\style-step00000200.safetensors",
-        "/run/style-step00000100.safetensors",
-    )
-    host = FakeHost(FakeJobs(job(state="done", output=(*files, "/run/a.png", "/run/other.safetensors"))))
+def test_a_result_offers_the_prompt_and_the_grid_that_the_host_has():
+    host = FakeHost(FakeJobs(job(state="done", output=("C:\\lora\\style.safetensors", "/run/a.png"))))
     result = look(host).result
     assert "<b>style.safetensors</b>" in result.file
-    assert result.prompt == "mystyle <lora:style:0.8>"
-    assert result.grid == "<lora:style:0.8>, <lora:style-step00000100:0.8>, <lora:style-step00000200:0.8>"
-    assert grid("mystyle <lora:style:0.8>", []) == ""
-    assert grid("no tag", ["style-1"]) == ""
+    assert "C:\\lora<" in result.file
+    assert (result.prompt, result.grid) == ("mystyle <lora:style:0.8>", "")
+    host.infotext = "mystyle <lora:style:0.8>\nScript: X/Y/Z plot"
+    shown = page(host, Handlers(host, changes).look("", ""))
+    assert shown["grid"] == {"value": host.infotext}
+    assert shown["compare"] == {"visible": True}
 
 
 @pytest.mark.parametrize("state", ["training", "saving", "failed"])
@@ -366,7 +375,8 @@ def test_train_submits_what_the_controls_say():
     host = FakeHost()
     values = defaults() | {"train_data_dir": "pictures", "epochs": 3.0, "output_name": "cat"}
     message, picked, *screen = Handlers(host, changes).submit(tuple(values), trial=True)("", "j0", *values.values())
-    assert (message, picked) == ("", "")
+    assert "lt-error" not in message
+    assert picked == ""
     assert host.submitted[0] == fields.settings(values) | {"trial": True}
     assert host.submitted[0]["epochs"] == 3
     shown = page(host, screen)
@@ -397,13 +407,47 @@ def test_stop_stops_the_job_on_show_if_it_is_active():
     Handlers(FakeHost(), changes).stop("", "")
 
 
+def test_a_job_told_to_stop_says_so_until_it_ended():
+    running = job(**HALFWAY)
+    host = FakeHost(FakeJobs(running, job(id="j0", state="preparing")))
+    handlers = Handlers(host, changes)
+    assert page(host, handlers.look("", ""))["stop"] == {"interactive": True}
+    _, *screen = handlers.stop("", "")
+    shown = page(host, screen)
+    assert "Stopping" in shown["panel"]
+    assert "saves what it has learned" in shown["panel"]
+    assert "Stopping" in shown["jobs"]
+    assert 'data-lora-trainer-stop="j1"' not in shown["jobs"]
+    assert shown["stop"] == {"interactive": False}
+    # another page of the same WebUI
+    assert "Stopping" in page(host, handlers.look("", ""))["panel"]
+    running.state = "stopped"
+    assert "Stopping" not in page(host, handlers.look("j1", ""))["panel"]
+    handlers.stop("j0", "")
+    assert "before the first step" in page(host, handlers.look("j0", ""))["panel"]
+
+
+def test_every_answer_carries_its_own_time(tmp_path: Path):
+    host = FakeHost(folder=tmp_path / "new")
+    handlers = Handlers(host, changes)
+    values = defaults() | {"train_data_dir": "pictures"}
+    refused = handlers.submit(("train_data_dir",), trial=False)("", "", "")[0]
+    taken = handlers.submit(tuple(values), trial=False)("", "", *values.values())[0]
+    note = tmp_path / "notes.docx"
+    note.write_bytes(b"x")
+    for answer in (refused, taken, handlers.receive([str(note)])[1]):
+        assert re.search(r'<span data-at="\d+\.\d{3}"></span>$', answer)
+        Wellformed(answer)
+
+
 def test_a_result_is_sent_once_so_that_an_edited_prompt_stays():
     host = FakeHost(FakeJobs(job(state="done", output=("/lora/style.safetensors",))))
     handlers = Handlers(host, changes)
     first = page(host, handlers.look("", ""))
     assert first["result"] == {"visible": True}
     assert first["prompt"] == {"value": "mystyle <lora:style:0.8>"}
-    assert first["grid"] == {"value": "", "visible": False}
+    assert first["grid"] == {"value": ""}
+    assert first["compare"] == {"visible": False}
     assert 'data-active="0"' in first["beat"]
     second = page(host, handlers.look("", first["seen"]))
     assert second["prompt"] == second["result"] == {}
@@ -448,7 +492,10 @@ def test_the_blocks_have_a_control_for_every_shown_option_and_ask_the_host_nothi
     assert not any(f"lora_trainer_{key}" in made for key in fields.HIDDEN)
     assert all(block.do_not_save_to_config for block in blocks.blocks.values())
     assert host.asked == 0
-    assert host.bound == (made["lora_trainer_try_it"], made["lora_trainer_prompt"])
+    assert host.bound == [
+        (made["lora_trainer_try_it"], made["lora_trainer_prompt"]),
+        (made["lora_trainer_compare"], made["lora_trainer_grid"]),
+    ]
 
 
 def test_the_page_and_its_script_agree_on_ids():
@@ -456,7 +503,9 @@ def test_the_page_and_its_script_agree_on_ids():
     script = (root / "javascript" / "lora_trainer.js").read_text(encoding="utf-8")
     tab = (root / "lora_trainer" / "ui" / "tab.py").read_text(encoding="utf-8")
     wanted = set(re.findall(r"lora_trainer_\w+", script))
-    assert wanted == {"lora_trainer_tick", "lora_trainer_beat", "lora_trainer_picked", "lora_trainer_stop_picked"}
+    hidden = {"tick", "beat", "picked", "stop_picked"}
+    clicked = {"train", "try_out", "message", "drop", "upload", "received"}
+    assert wanted == {f"lora_trainer_{name}" for name in hidden | clicked}
     assert all(f'"{id}"' in tab for id in wanted)
     made = live.job_list([job(state="training")], None)
     marks = set(re.findall(r"data-lora-trainer-\w+", made))

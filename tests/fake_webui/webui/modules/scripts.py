@@ -1,0 +1,4 @@
+class ScriptRunner:
+    def __init__(self):
+        self.scripts = []
+        self.alwayson_scripts = []

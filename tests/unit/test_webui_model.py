@@ -1,0 +1,201 @@
+"""The loaded checkpoint as it is lent, on a stand-in for the WebUI."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lora_trainer.config import build
+from lora_trainer.errors import ModelError
+from tests.fake_webui.loras import add_lora
+
+STYLE = "a cat <lora:style:0.7>"
+
+
+@pytest.fixture
+def ui(fake_webui):
+    add_lora(fake_webui.loras, "style")
+    return fake_webui
+
+
+@pytest.fixture
+def fingerprint(ui):
+    return lambda: ui.host("loaded").Fingerprint.of(ui.model)
+
+
+def lent(ui, **settings):
+    config = build({"base_model": "tiny", "train_data_dir": "x"}, settings)
+    return ui.host("loaded").LoadedModel(config, lambda event: None)
+
+
+def test_the_fingerprint_of_an_untouched_model_stays(ui, fingerprint):
+    before = fingerprint()
+    ui.picture()
+    assert fingerprint() == before
+    ui.choose("other")
+    ui.choose("tiny")
+    assert fingerprint() == before
+
+
+def test_the_fingerprint_notices_a_changed_value(ui, fingerprint):
+    before = fingerprint()
+    for parameter in ui.model.model.diffusion_model.parameters():
+        saved = parameter.detach().clone()
+        with torch.no_grad():
+            parameter.view(-1)[0] += 1
+        assert fingerprint() != before
+        with torch.no_grad():
+            parameter.copy_(saved)
+    assert fingerprint() == before
+
+
+def test_the_fingerprint_notices_a_moved_tensor(ui, fingerprint):
+    before = fingerprint()
+    parameter = next(ui.model.model.diffusion_model.parameters())
+    parameter.data = parameter.data.clone()
+    assert fingerprint() != before
+
+
+def test_the_fingerprint_notices_another_checkpoint_in_the_same_tensors(ui, fingerprint):
+    before = fingerprint()
+    ui.choose("other")
+    other = fingerprint()
+    assert other.places == before.places
+    assert other.values != before.values
+    assert other != before
+
+
+def test_the_fingerprint_notices_another_vae(ui, fingerprint):
+    before, digest = fingerprint(), ui.digest()
+    state = {name: tensor * 2 for name, tensor in ui.model.first_stage_model.state_dict().items()}
+    vae = ui.data / "models" / "VAE" / "sharp.safetensors"
+    vae.parent.mkdir()
+    save_file(state, vae)
+    ui("sd_vae").reload_vae_weights(vae_file=str(vae))
+    assert fingerprint() != before
+    ui("sd_vae").reload_vae_weights(vae_file=None)
+    assert fingerprint() == before
+    assert ui.digest() == digest
+
+
+def test_the_fingerprint_notices_a_merged_lora(ui, fingerprint):
+    before = fingerprint()
+    ui.picture(STYLE)
+    assert fingerprint() != before
+
+
+def test_still_ours_after_each_kind_of_visit(ui):
+    models = lent(ui)
+    with models.borrow():
+        assert models.still_ours()
+        ui.picture()
+        assert models.still_ours()
+        ui.picture(STYLE)
+        assert models.still_ours()
+        ui.choose("other")
+        assert not models.still_ours()
+        ui.choose("tiny")
+        assert models.still_ours()
+
+
+def test_every_tensor_is_shared(ui):
+    state = ui.host("view").state_of(ui.model)
+    with lent(ui).borrow() as model:
+        mine = {p.data_ptr() for part in (model.unet, model.vae, model.text.module) for p in part.parameters()}
+    floats = {t.data_ptr() for t in state.values() if t.is_floating_point()}
+    assert mine == floats
+    assert len(mine) > 700
+
+
+def test_unmerging_is_exact_and_the_next_prompt_merges_anew(ui):
+    unmerge = ui.host("merged").unmerge
+    before, plain = ui.digest(), ui.picture()
+    styled = ui.picture(STYLE)
+    merged = ui.digest()
+    assert merged != before
+    assert unmerge(ui.model)
+    assert ui.digest() == before
+    assert not unmerge(ui.model)
+    assert ui.picture(STYLE) == styled
+    # The text encoder's part too, once the encoder is asked again.
+    ui.picture()
+    assert ui.picture() == plain
+    ui.picture(STYLE)
+    assert ui.digest() == merged
+
+
+def test_a_base_model_is_found_as_the_webui_names_it(ui, webui_checkpoints):
+    info = ui.info("other")
+    titles = ["other", "other.safetensors", info.title, "other.safetensors [0123456789]"]
+    for wanted in titles:
+        ui.choose("tiny")
+        with lent(ui, base_model=wanted).borrow() as model:
+            assert model.facts.name == "other.safetensors"
+    ui.choose("tiny")
+    with pytest.raises(ModelError, match="nowhere"), lent(ui, base_model="nowhere").borrow():
+        pass
+
+
+def test_the_users_choice_stays_chosen_while_another_is_lent(ui):
+    tiny = ui.info("tiny").title
+    models = lent(ui, base_model="other")
+    with models.borrow():
+        assert ui.model.sd_checkpoint_info.name == "other.safetensors"
+    assert ui("shared").opts.sd_model_checkpoint == tiny
+    models.give_back()
+    assert ui.model.sd_checkpoint_info.name == "tiny.safetensors"
+
+
+def test_no_checkpoint_at_all_is_an_error(ui, monkeypatch):
+    data = ui("sd_models").model_data
+    monkeypatch.setattr(data, "sd_model", None)
+    monkeypatch.setattr(data, "was_loaded_at_least_once", True)
+    models = lent(ui)
+    with pytest.raises(ModelError, match="no checkpoint is loaded"), models.borrow():
+        pass
+    models.give_back()
+
+
+def test_an_inpainting_checkpoint_is_refused(ui):
+    unet = ui.model.model.diffusion_model
+    first = unet.input_blocks._modules["0"]._modules["0"]
+    first.weight = torch.nn.Parameter(torch.zeros(32, 9, 3, 3))
+    with pytest.raises(ModelError, match="inpainting"), lent(ui).borrow():
+        pass
+
+
+def test_captions_are_literal_or_prompts(ui):
+    with lent(ui).borrow() as literal, lent(ui, caption_syntax="webui").borrow() as prompt:
+        plain = "a cat, sitting"
+        torch.testing.assert_close(literal.text.embed(plain), prompt.text.embed(plain))
+        assert torch.equal(
+            prompt.text.embed("a (cat:1.5) BREAK dog"), ui.model.cond_stage_model(["a (cat:1.5) BREAK dog"])
+        )
+        assert prompt.text.embed("a BREAK dog").shape[1] == 154
+        assert literal.text.embed("a BREAK dog").shape[1] == 77
+        assert not torch.equal(literal.text.embed("a (cat:1.5)"), prompt.text.embed("a (cat:1.5)"))
+
+
+def test_with_medvram_the_parts_are_on_the_device_while_lent_and_not_afterwards(ui, monkeypatch):
+    ui("shared").cmd_opts.medvram = True
+    ui("sd_models").send_model_to_trash(ui.model)
+    ui("sd_models").model_data.set_sd_model(None)
+    ui("sd_hijack").model_hijack.clip = None
+    ui("sd_models").load_model(ui.info("tiny"))
+    assert ui.model.lowvram
+    moved = []
+    for name in ("model", "first_stage_model", "cond_stage_model"):
+        part = getattr(ui.model, name)
+        to = part.to
+        monkeypatch.setattr(
+            part, "to", lambda device, name=name, to=to: moved.append((name, str(device))) or to(device)
+        )
+    ui.picture()
+    moved.clear()
+    before = ui.digest()
+    with lent(ui).borrow():
+        assert {name for name, _ in moved} >= {"model", "first_stage_model", "cond_stage_model"}
+        moved.clear()
+    assert {name for name, _ in moved} == {"model", "first_stage_model", "cond_stage_model"}
+    assert ui.digest() == before
