@@ -135,6 +135,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         bool,
         _about(TRAINING, "Accepted and not needed: torch's own attention (SDPA) already saves the same memory."),
     ] = False
+    deterministic: Annotated[bool, _about(TRAINING, "On a GPU, only operations that repeat bit by bit; slower.")] = (
+        False
+    )
     seed: Annotated[int, _about(TRAINING, "The same seed gives the same run.", ge=0, le=2**32 - 1)] = 42
     trial: Annotated[bool, _about(TRAINING, "A few steps on a few pictures, then how long the full run will take.")] = (
         False

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from PIL.Image import Image
@@ -29,8 +29,11 @@ class GpuLease(Protocol):
 
     def hold(self) -> AbstractContextManager[None]: ...
 
-    def hand_over(self) -> bool:
-        """Let whoever waits use the GPU, at a step boundary. False when the model is no longer ours."""
+    def hand_over(self, make_room: Callable[[], object] = ...) -> bool:
+        """Let whoever waits use the GPU, at a step boundary, after `make_room()`.
+
+        False when the model is no longer ours.
+        """
         ...
 
 

@@ -7,7 +7,7 @@ need it, so the blocks' forwards are wrapped here.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
@@ -16,6 +16,8 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from lora_trainer.training.patching import patch
+
 BLOCKS = (BasicTransformerBlock, ResnetBlock2D)
 
 
@@ -23,13 +25,10 @@ BLOCKS = (BasicTransformerBlock, ResnetBlock2D)
 def checkpointed(network: nn.Module) -> Iterator[int]:
     """Inside, each transformer and resnet block of `network` recomputes its activations; yields their number."""
     blocks = [module for module in network.modules() if isinstance(module, BLOCKS)]
-    try:
+    with ExitStack() as stack:
         for block in blocks:
-            block.forward = partial(_forward, block.forward)
+            patch(stack, block, partial(_forward, block.forward))
         yield len(blocks)
-    finally:
-        for block in blocks:
-            del block.forward
 
 
 def _forward(forward, *args, **kwargs):  # noqa: ANN001, ANN002, ANN003, ANN202

@@ -35,6 +35,12 @@ class Feed:
         """The updates from `first_step` (counted from 0) on, without end."""
         return order.updates(self._groups, self.batch_size, self.accumulation, seed=self.seed, first_step=first_step)
 
+    def stream(self, first_step: int, *, pinned: bool) -> Iterator[tuple[order.Update, list[Batch]]]:
+        """`updates` with their micro-batches, in page-locked memory if `pinned`."""
+        for update in self.updates(first_step):
+            batches = self.batches(update)
+            yield update, [batch.pinned() for batch in batches] if pinned else list(batches)
+
     def batches(self, update: order.Update) -> Iterator[Batch]:
         """The micro-batches of an update, on the CPU; the weights of its real samples sum to 1."""
         total = sum(sum(batch.weights) for batch in update.batches)

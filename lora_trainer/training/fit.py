@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
+from lora_trainer.dataset.order import Update
 from lora_trainer.hosts.ports import GpuLease
+from lora_trainer.training.capture import Pace
 from lora_trainer.training.feed import Feed
+from lora_trainer.training.prefetch import ahead
 from lora_trainer.training.results import Results
-from lora_trainer.training.step import ForwardBackward, Update
-from lora_trainer.training.trainables import Trainables
+from lora_trainer.training.segment import Segment
+from lora_trainer.training.step import Batch
+
+# Updates whose batches are made before they are needed.
+AHEAD = 3
 
 
 class Outcome(Enum):
@@ -35,9 +41,7 @@ class Loop:
     """One segment's machinery. `learning_rate(step)` is that of update `step`, counted from 0."""
 
     feed: Feed
-    forward_backward: ForwardBackward
-    update: Update
-    trainables: Trainables
+    segment: Segment
     learning_rate: Callable[[int], float]
     boundary: Boundary
     results: Results
@@ -48,22 +52,36 @@ def fit(loop: Loop, *, first_step: int, lease: GpuLease, stop: Callable[[], bool
 
     Returns why the segment ended and how many updates are done in all. Raises DivergedError.
     """
-    steps, step = loop.results.steps, first_step
-    for planned in loop.feed.updates(first_step):
-        if step == steps or stop():
-            break
+    on_gpu = loop.segment.captures.device.type == "cuda"
+    with ahead(loop.feed.stream(first_step, pinned=on_gpu), AHEAD if on_gpu else 0) as updates:
+        return _steps(loop, updates, first_step=first_step, lease=lease, stop=stop)
+
+
+def _steps(
+    loop: Loop,
+    updates: Iterator[tuple[Update, list[Batch]]],
+    *,
+    first_step: int,
+    lease: GpuLease,
+    stop: Callable[[], bool],
+) -> tuple[Outcome, int]:
+    segment, steps, step = loop.segment, loop.results.steps, first_step
+    pace = Pace(segment.captures.device)
+    while step < steps and not stop():
+        planned, batches = next(updates)
         rate = loop.learning_rate(step)
-        loop.trainables.set_learning_rate(rate)
-        for batch in loop.feed.batches(planned):
-            loop.forward_backward(batch)
-        loop.update()
+        segment.trainables.set_learning_rate(rate)
+        for batch in batches:
+            segment.forward_backward(batch)
+        segment.update(segment.captures)
         step += 1
         loop.results.add(step, planned.epoch, rate)
+        pace()
         if loop.boundary.due(step):
             loop.results.read()
             loop.boundary(step)
             loop.results.restart_clock()
-        if step < steps and not lease.hand_over():
+        if step < steps and not lease.hand_over(segment.make_room):
             loop.results.read()
             return Outcome.HANDED_OVER, step
     loop.results.read()

@@ -118,6 +118,8 @@ class Job:
                 scale=alpha_of(config) / config.lora_rank,
             )
         )
+        for notice in segment.tier.notices:
+            self.sink(Notice(text=notice))
         self.validation(segment.network, 0)
 
     def _loop(self, segment: Segment, feed: Feed, steps: int) -> Loop:
@@ -136,9 +138,7 @@ class Job:
         )
         return Loop(
             feed=feed,
-            forward_backward=segment.forward_backward,
-            update=segment.update,
-            trainables=segment.trainables,
+            segment=segment,
             learning_rate=rate,
             boundary=Boundaries(actions, steps),
             results=Results(segment.update.result, steps, self.sink, window=feed.steps_per_epoch),

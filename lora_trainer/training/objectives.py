@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -14,13 +14,13 @@ Objective = Callable[..., Tensor]
 
 
 def mse(
-    unet: UNet2DConditionModel, noise: NoiseSchedule, *, latents: Tensor, eps: Tensor, t: Tensor, context: Tensor
+    unet: UNet2DConditionModel, noise: NoiseSchedule, *, latents: Tensor, eps: Tensor, t: Tensor, condition: Mapping
 ) -> Tensor:
     """Each sample's mean squared error, [B] float32.
 
-    `latents` and `eps` [B, 4, h, w] float32, `t` [B] int64, `context` [B, 77 n, width].
+    `latents` and `eps` [B, 4, h, w] float32, `t` [B] int64, `condition` the UNet's other arguments.
     """
     noisy = noise.add_noise(latents, eps, t)
-    predicted = unet(noisy, t, encoder_hidden_states=context, return_dict=False)[0]
+    predicted = unet(noisy, t, **condition, return_dict=False)[0]
     target = noise.target(latents, eps, t)
     return torch.nn.functional.mse_loss(predicted.float(), target, reduction="none").mean(dim=(1, 2, 3))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +20,15 @@ MAX_BAD_STEPS = 25
 
 class DivergedError(UserError):
     """Too many updates in a row were not finite."""
+
+
+@dataclass
+class _Sent:
+    """Updates whose figures are on their way to the host."""
+
+    noted: list[tuple[int, int, float]]
+    rows: Tensor
+    arrived: Callable[[], bool]
 
 
 @dataclass
@@ -39,7 +49,9 @@ class Results:
     _losses: deque[float] = field(init=False)
     _ring: Tensor = field(init=False)
     _pending: list[tuple[int, int, float]] = field(default_factory=list)
+    _sent: deque[_Sent] = field(default_factory=deque)
     _since: float = field(default_factory=time.perf_counter)
+    _asked: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
         self._losses = deque(maxlen=self.window)
@@ -50,22 +62,43 @@ class Results:
         return sum(self._losses) / len(self._losses) if self._losses else None
 
     def add(self, step: int, epoch: int, learning_rate: float) -> None:
-        """Note update `step` (from 1). Raises DivergedError."""
+        """Note update `step` (from 1); nobody waits for its figures. Raises DivergedError."""
         self._ring[len(self._pending)].copy_(self.source)
         self._pending.append((step, epoch, learning_rate))
-        waited = time.perf_counter() - self._since
+        waited = time.perf_counter() - self._asked
         if waited > READ_EVERY_SECONDS or len(self._pending) == READ_EVERY_STEPS:
-            self.read()
+            self._send()
+        while self._sent and self._sent[0].arrived():
+            self._report(self._sent.popleft())
 
     def read(self) -> None:
-        """Report everything noted so far. Raises DivergedError."""
-        rows = self._ring[: len(self._pending)].tolist()
+        """Report everything noted so far, waiting for it. Raises DivergedError."""
+        self._send()
+        if self._sent and self.source.device.type == "cuda":
+            torch.cuda.current_stream(self.source.device).synchronize()
+        while self._sent:
+            self._report(self._sent.popleft())
+
+    def _send(self) -> None:
+        """Start copying what is noted to the host."""
+        self._asked = time.perf_counter()
+        if not self._pending:
+            return
+        rows, arrived = self._ring[: len(self._pending)], lambda: True
+        if rows.is_cuda:
+            rows = torch.empty(rows.shape, pin_memory=True).copy_(rows, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            arrived = event.query
+        self._sent.append(_Sent(self._pending, rows, arrived))
+        self._pending = []
+
+    def _report(self, sent: _Sent) -> None:
         now = time.perf_counter()
-        seconds = (now - self._since) / max(1, len(rows))
-        if rows:
-            self.fastest = min(seconds, self.fastest or seconds)
+        seconds = (now - self._since) / len(sent.noted)
+        self.fastest = min(seconds, self.fastest or seconds)
         memory = _reserved(self.source.device)
-        for (step, epoch, rate), (loss, norm, bad) in zip(self._pending, rows, strict=True):
+        for (step, epoch, rate), (loss, norm, bad) in zip(sent.noted, sent.rows.tolist(), strict=True):
             self._count(step, bad > 0)
             self.step = step
             if not bad:
@@ -82,7 +115,6 @@ class Results:
                     memory=memory,
                 )
             )
-        self._pending.clear()
         self._since = now
 
     def restart_clock(self) -> None:

@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lora_trainer.adapters.inject import Adapter, inject
+from lora_trainer.adapters.inject import ADAPTER, Adapter, inject
 from lora_trainer.adapters.targets import select
 from lora_trainer.config import Config
+from lora_trainer.kernels.site import Site
 from lora_trainer.models.model import Model
 from lora_trainer.training import randomness
+from lora_trainer.training.capture import Captures
 from lora_trainer.training.checkpointing import checkpointed
 from lora_trainer.training.dropout import LoraDropout
+from lora_trainer.training.fused import Fused, fuse, is_linear
 from lora_trainer.training.objectives import mse
 from lora_trainer.training.optimizers import AdamWSettings, FlatAdamW, Optimizer
 from lora_trainer.training.precision import LossScaler, resolve
 from lora_trainer.training.step import ForwardBackward, Network, Update
+from lora_trainer.training.tier import Tier, choose_tier
 from lora_trainer.training.trainables import Trainables
+from lora_trainer.training.working import WorkingCopy
 
 # What a segment hands to the next one: part, tensor name, tensor.
 State = dict[str, dict[str, Tensor]]
+# Free memory that a generation can be expected to need.
+ROOM = 6 * 1024**3
 
 
 @dataclass(frozen=True)
@@ -34,10 +42,13 @@ class Segment:
     adapter: Adapter
     network: Network
     trainables: Trainables
+    working: WorkingCopy
     optimizer: Optimizer
     scaler: LossScaler
+    captures: Captures
     forward_backward: ForwardBackward
     update: Update
+    tier: Tier
 
     @property
     def base_count(self) -> int:
@@ -56,32 +67,42 @@ class Segment:
         self.trainables.load_state(state["masters"])
         self.optimizer.load_state(state["optimizer"])
         self.scaler.load_state(state["scaler"])
+        self.working.refresh()
+
+    def make_room(self) -> None:
+        """Before somebody else uses the GPU: what the captured step holds, where memory is short."""
+        device = self.captures.device
+        if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < ROOM:
+            self.captures.release()
 
 
 @contextmanager
 def open_segment(config: Config, model: Model, state: State | None) -> Iterator[Segment]:
     """Inject the adapter into `model`'s view and go on from `state`; the view is clean of hooks afterwards."""
     precision, _ = resolve(config.mixed_precision, model.facts.device)
-    rank = config.lora_rank
     adapter = inject(
         model.unet,
         select(model.unet, config.target_modules),
-        rank=rank,
+        rank=config.lora_rank,
         alpha=alpha_of(config),
         generator=lambda name: randomness.generator(config.seed, f"init {name}"),
     )
     dropout = LoraDropout(adapter.downs(), config.lora_dropout, precision.compute)
-    try:
-        with checkpointed(model.unet) if config.gradient_checkpointing else nullcontext():
-            trainables = Trainables({"unet": adapter.parameters()})
-            segment = _assemble(
-                config, model, adapter, Network(model.unet, model.noise, mse, precision, dropout), trainables
-            )
-            if state is not None:
-                segment.load_state(state)
-            yield segment
-    finally:
-        dropout.remove()
+    with ExitStack() as stack:
+        stack.callback(dropout.remove)
+        trainables = Trainables({"unet": adapter.parameters()})
+        tier = choose_tier(config, model, precision)
+        working = WorkingCopy(trainables, precision.compute, collects=tier.ops.collects)
+        fused = Fused(tier.ops, precision.compute, sites(adapter, working, dropout), tier.kernels)
+        stack.enter_context(fuse(model.unet, fused))
+        if config.gradient_checkpointing:
+            stack.enter_context(checkpointed(model.unet))
+        network = Network(model.unet, model.noise, mse, precision, dropout, tier.memory_format)
+        segment = _assemble(config, model, adapter, network, working, tier)
+        stack.callback(segment.captures.release)
+        if state is not None:
+            segment.load_state(state)
+        yield segment
 
 
 def alpha_of(config: Config) -> float:
@@ -89,18 +110,44 @@ def alpha_of(config: Config) -> float:
     return float(2 * config.lora_rank if config.lora_alpha is None else config.lora_alpha)
 
 
-def _assemble(config: Config, model: Model, adapter: Adapter, network: Network, trainables: Trainables) -> Segment:
-    device = model.facts.device
+def sites(adapter: Adapter, working: WorkingCopy, dropout: LoraDropout) -> dict[nn.Module, Site]:
+    """The LoRAs that are computed by fused products: those on linear layers and 1×1 convolutions."""
+    slots = {slot.name: slot for slot in working.trainables.slots}
+    found = {}
+    for name, layer in adapter.layers.items():
+        if not is_linear(layer.get_base_layer()):
+            continue
+        down, up = slots[f"{name}.lora_A"], slots[f"{name}.lora_B"]
+        found[layer] = Site(
+            down=working.weight(down).flatten(1),
+            up=working.weight(up).flatten(1),
+            grad_down=working.grad(down).flatten(1),
+            grad_up=working.grad(up).flatten(1),
+            parameters=(down.owner.weight, up.owner.weight),
+            scale=partial(layer.scaling.__getitem__, ADAPTER),
+            draw=dropout.drawer(name, adapter.rank),
+        )
+    return found
+
+
+def _assemble(
+    config: Config, model: Model, adapter: Adapter, network: Network, working: WorkingCopy, tier: Tier
+) -> Segment:
+    device, trainables = model.facts.device, working.trainables
     scaler = LossScaler(device, enabled=network.precision.compute == torch.float16)
     optimizer = FlatAdamW(trainables, AdamWSettings(weight_decay=config.weight_decay))
+    captures = Captures(device, enabled=tier.captured)
     loss = torch.zeros((), device=device)
     return Segment(
         model=model,
         adapter=adapter,
         network=network,
         trainables=trainables,
+        working=working,
         optimizer=optimizer,
         scaler=scaler,
-        forward_backward=ForwardBackward(network, scaler, loss),
-        update=Update(trainables, optimizer, scaler, loss, max_grad_norm=config.max_grad_norm),
+        captures=captures,
+        forward_backward=ForwardBackward(network, scaler, loss, working=working, captures=captures),
+        update=Update(working, optimizer, scaler, loss, max_grad_norm=config.max_grad_norm),
+        tier=tier,
     )

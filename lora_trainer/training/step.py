@@ -1,11 +1,12 @@
 """The train step in two parts: forward/backward for each micro-batch, one update for all.
 
 Both parts read and write buffers that stay where they are, take no decision on the host and never synchronise,
-so that each can be captured in a CUDA graph as it stands; here they run eagerly.
+so that each is captured in a CUDA graph where there is one, and runs eagerly as it stands elsewhere.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -13,11 +14,13 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from lora_trainer.models.noise import NoiseSchedule
+from lora_trainer.training.capture import Captures
 from lora_trainer.training.dropout import LoraDropout
 from lora_trainer.training.objectives import Objective
 from lora_trainer.training.optimizers import Optimizer
 from lora_trainer.training.precision import LossScaler, Precision
 from lora_trainer.training.trainables import Trainables
+from lora_trainer.training.working import WorkingCopy
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,8 @@ class Batch:
     """One micro-batch of B samples: everything random is already drawn.
 
     latents, eps: [B, 4, h, w] float32; t: [B] int64; context: [B, 77 n, width]; weight: [B] float32, summing to 1
-    over an update (0 for padding); mask_keys: [B, 2] int32.
+    over an update (0 for padding); mask_keys: [B, 2] int32. SDXL's: pooled [B, width], and sizes [B, 6] with original
+    (height, width), crop (top, left) and target (height, width) in pixels.
     """
 
     latents: Tensor
@@ -34,19 +38,36 @@ class Batch:
     context: Tensor
     weight: Tensor
     mask_keys: Tensor
+    pooled: Tensor | None = None
+    sizes: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         """What a captured graph depends on: (B, h, w, tokens)."""
         return (*self.latents.shape[:1], *self.latents.shape[2:], self.context.shape[1])
 
+    def condition(self) -> dict[str, object]:
+        """What a UNet is told beside the noisy latents and the time, by diffusers' argument names."""
+        added = None if self.pooled is None else {"text_embeds": self.pooled, "time_ids": self.sizes}
+        return {"encoder_hidden_states": self.context, "added_cond_kwargs": added}
+
     def like(self, device: torch.device) -> Batch:
         """Empty buffers of the same shapes on `device`."""
-        return Batch(*(torch.empty_like(getattr(self, f.name), device=device) for f in fields(self)))
+        return self._each(lambda tensor: torch.empty_like(tensor, device=device))
+
+    def pinned(self) -> Batch:
+        """The same in page-locked memory, from which copies to a GPU need not be waited for."""
+        return self._each(torch.Tensor.pin_memory)
 
     def copy_(self, other: Batch) -> None:
         for field in fields(self):
-            getattr(self, field.name).copy_(getattr(other, field.name), non_blocking=True)
+            mine = getattr(self, field.name)
+            if mine is not None:
+                mine.copy_(getattr(other, field.name), non_blocking=True)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        values = (getattr(self, field.name) for field in fields(self))
+        return Batch(*(None if value is None else change(value) for value in values))
 
 
 @dataclass(frozen=True)
@@ -58,20 +79,25 @@ class Network:
     objective: Objective
     precision: Precision
     dropout: LoraDropout
+    memory_format: torch.memory_format = torch.contiguous_format
 
     def losses(self, batch: Batch) -> Tensor:
         """Each sample's loss, [B] float32."""
         with self.precision.autocast():
+            latents, eps = (x.contiguous(memory_format=self.memory_format) for x in (batch.latents, batch.eps))
             return self.objective(
-                self.unet, self.noise, latents=batch.latents, eps=batch.eps, t=batch.t, context=batch.context
+                self.unet, self.noise, latents=latents, eps=eps, t=batch.t, condition=batch.condition()
             )
 
 
 class ForwardBackward:
     """Adds the gradient of one micro-batch's weighted loss, times the loss scale, into the flat gradient."""
 
-    def __init__(self, network: Network, scaler: LossScaler, loss: Tensor) -> None:
+    def __init__(
+        self, network: Network, scaler: LossScaler, loss: Tensor, *, working: WorkingCopy, captures: Captures
+    ) -> None:
         self.network, self.scaler, self.loss = network, scaler, loss
+        self.working, self.captures = working, captures
         self.buffers: dict[tuple[int, ...], Batch] = {}
 
     def __call__(self, batch: Batch) -> None:
@@ -83,13 +109,14 @@ class ForwardBackward:
         if not self.network.dropout.knows(shape):
             with torch.no_grad(), self.network.dropout.recording(shape):
                 self.network.losses(static)
-        self._compute(static)
+        self.captures.run(shape, lambda: self._compute(static))
 
     def _compute(self, batch: Batch) -> None:
         # Checkpointed blocks run again in backward: the masks must still be there.
         with self.network.dropout.masks(batch.shape, batch.mask_keys):
             loss = (self.network.losses(batch) * batch.weight).sum()
             (loss * self.scaler.scale).backward()
+        self.working.collect()
         self.loss.add_(loss.detach())
 
 
@@ -101,20 +128,24 @@ class Update:
     """
 
     def __init__(
-        self, trainables: Trainables, optimizer: Optimizer, scaler: LossScaler, loss: Tensor, *, max_grad_norm: float
+        self, working: WorkingCopy, optimizer: Optimizer, scaler: LossScaler, loss: Tensor, *, max_grad_norm: float
     ) -> None:
-        self.trainables, self.optimizer, self.scaler, self.loss = trainables, optimizer, scaler, loss
+        self.working, self.optimizer, self.scaler, self.loss = working, optimizer, scaler, loss
         self.max_grad_norm = max_grad_norm
         self.result = torch.zeros(3, device=loss.device)
 
-    def __call__(self) -> None:
-        grads = self.trainables.grads
+    def __call__(self, captures: Captures) -> None:
+        captures.run("update", self._compute)
+
+    def _compute(self) -> None:
+        grads = self.working.trainables.grads
         grads.div_(self.scaler.scale)
         norm = torch.linalg.vector_norm(grads)
         bad = 1 - (torch.isfinite(norm) & torch.isfinite(self.loss)).float()
         if self.max_grad_norm > 0:
             grads.mul_((self.max_grad_norm / (norm + 1e-6)).clamp(max=1))
-        self.optimizer.step(self.trainables, bad)
+        self.optimizer.step(self.working.trainables, bad)
+        self.working.refresh()
         self.scaler.update(bad)
         self.result.copy_(torch.stack([self.loss, norm, bad]))
         grads.zero_()

@@ -72,7 +72,7 @@ def test_a_segment_ends_and_the_next_goes_on_as_if_nothing_had_happened(settings
     class Interrupted(AloneLease):
         asked = 0
 
-        def hand_over(self):
+        def hand_over(self, make_room=None):
             self.asked += 1
             return self.asked % 2 == 1
 
@@ -197,7 +197,7 @@ def test_base_file_may_be_truncated_or_replaced_during_a_run(settings, tmp_path)
     _, expected = train(settings, base_model=str(base))
 
     class Truncating(AloneLease):
-        def hand_over(self):
+        def hand_over(self, make_room=None):
             base.write_bytes(b"gone")
             return True
 

@@ -44,10 +44,11 @@ class QueueLease:
                     shared.state.end()
                     devices.torch_gc()
 
-    def hand_over(self) -> bool:
+    def hand_over(self, make_room: Callable[[], object] = lambda: None) -> bool:
         waiting = _waiting()
         if not waiting and not self._owed:
             return self._undisturbed()
+        make_room()
         mirrored = _Mirror.of(shared.state)
         queue_lock.release()
         try:

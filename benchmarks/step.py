@@ -1,0 +1,171 @@
+"""The product's own step and loop on networks of the real size: time, GPU time and memory.
+
+usage: python -m benchmarks.step [sd15|sdxl] [key=value ...]     keys of `Workload`, and profile=1, deterministic=1
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, field, fields
+from types import SimpleNamespace
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from benchmarks import models
+from benchmarks.timing import fresh_memory, gaps, machine, peak_reserved, profiler, spread
+from benchmarks.workload import LEARNING_RATE, Workload, samples
+from lora_trainer.config import Config, build
+from lora_trainer.models.model import CheckpointHashes, Model, ModelFacts
+from lora_trainer.models.noise import NoiseSchedule, scaled_linear
+from lora_trainer.training.fit import Loop, fit
+from lora_trainer.training.results import Results
+from lora_trainer.training.segment import Segment, open_segment
+from lora_trainer.training.settings import torch_settings
+from lora_trainer.training.step import Batch
+
+
+@dataclass
+class Clock:
+    """A lease that nobody else wants; it is asked after each update and notes when."""
+
+    stamps: list[float] = field(default_factory=list)
+
+    def hand_over(self, make_room: object) -> bool:
+        self.stamps.append(time.perf_counter())
+        return True
+
+
+@dataclass(frozen=True)
+class RandomFeed:
+    """The interface of `training.feed.Feed` over a cache of random samples: the host's work is what a real run's is."""
+
+    work: Workload
+
+    def stream(self, first_step: int, *, pinned: bool):  # noqa: ANN201
+        cache = samples(self.work)
+        generator = torch.Generator().manual_seed(1)
+        step = first_step
+        while True:
+            chosen = [cache[(step * self.work.batch + n) % len(cache)] for n in range(self.work.batch)]
+            batch = self._batch(chosen, generator)
+            yield SimpleNamespace(epoch=0), [batch.pinned() if pinned else batch]
+            step += 1
+
+    def _batch(self, chosen: list[dict[str, Tensor]], generator: torch.Generator) -> Batch:
+        def stacked(name: str) -> Tensor | None:
+            return torch.stack([sample[name] for sample in chosen]) if name in chosen[0] else None
+
+        latents = stacked("latents").float()
+        return Batch(
+            latents=latents,
+            eps=torch.randn(latents.shape, generator=generator),
+            t=torch.randint(0, 1000, latents.shape[:1], generator=generator),
+            context=stacked("context"),
+            weight=torch.full(latents.shape[:1], 1 / len(chosen)),
+            mask_keys=torch.randint(-(2**31), 2**31, (len(chosen), 2), generator=generator, dtype=torch.int32),
+            pooled=stacked("text_embeds"),
+            sizes=stacked("time_ids"),
+        )
+
+
+def config_of(work: Workload, **changes: object) -> Config:
+    return build(
+        {
+            "base_model": "random",
+            "train_data_dir": "random",
+            "batch_size": work.batch,
+            "lora_rank": 8,
+            "lora_dropout": work.dropout,
+            "gradient_checkpointing": work.checkpointing,
+            "mixed_precision": "no" if work.device == "cpu" else "fp16",
+            "learning_rate": LEARNING_RATE,
+        },
+        changes,
+    )
+
+
+def model_of(work: Workload) -> Model:
+    """The random UNet as a run borrows it; nothing here encodes."""
+    device = torch.device(work.device)
+    noise = NoiseSchedule(scaled_linear(0.00085, 0.012, 1000).to(device), "epsilon")
+    facts = ModelFacts("random", None, device, work.dtype, CheckpointHashes)
+    return Model(models.unet(work.family, device, work.dtype), None, None, noise, facts)
+
+
+def measure(work: Workload, *, profiled: bool = False, **changes: object) -> dict:
+    """Step times of the product's loop, of its graphs alone, and peak memory."""
+    model, config, clock = model_of(work), config_of(work, **changes), Clock()
+    fresh_memory()
+    began = time.perf_counter()
+    steps = work.warmup + work.steps
+    with torch_settings(None, deterministic=config.deterministic), open_segment(config, model, None) as segment:
+        results = Results(segment.update.result, steps, lambda event: None, window=10)
+        boundary = SimpleNamespace(due=lambda step: False)
+        loop = Loop(RandomFeed(work), segment, lambda step: LEARNING_RATE, boundary, results)
+        fit(loop, first_step=0, lease=clock, stop=lambda: False)
+        report = spread(gaps([*clock.stamps, time.perf_counter()][work.warmup :]))
+        report |= {
+            "first_step_s": round(clock.stamps[0] - began, 2),
+            "graphs_ms": replayed(segment),
+            "peak_reserved_GiB": round((peak_reserved() or 0) / 2**30, 2),
+            "loss": results.mean_loss,
+            "bad": results.bad_in_a_row,
+            "step": segment.tier.notices,
+        }
+        if profiled:
+            report["kernels"] = kernels(segment)
+    return report
+
+
+def replayed(segment: Segment, times: int = 30) -> float | None:
+    """Milliseconds a step of the captured graphs, launched back to back."""
+    graphs = segment.captures._graphs
+    if not graphs:
+        return None
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first.record()
+    for _ in range(times):
+        for graph in graphs.values():
+            graph.replay()
+    last.record()
+    last.synchronize()
+    return round(first.elapsed_time(last) / times, 3)
+
+
+def kernels(segment: Segment, top: int = 28) -> list[str]:
+    """Where the time of one step goes: milliseconds, launches, name."""
+    with profiler() as record:
+        for graph in segment.captures._graphs.values():
+            graph.replay()
+        torch.cuda.synchronize()
+    total, count = Counter(), Counter()
+    for event in record.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            name = event.name[:90]
+            total[name] += (event.time_range.end - event.time_range.start) / 1e3
+            count[name] += 1
+    lines = [f"{ms:7.3f} {count[name]:5d} {name}" for name, ms in total.most_common(top)]
+    return [f"{sum(total.values()):7.3f} {sum(count.values()):5d} all", *lines]
+
+
+def main(arguments: list[str]) -> None:
+    families = [a for a in arguments if a in get_args(models.Family)]
+    given = dict(a.split("=", 1) for a in arguments if "=" in a)
+    profiled = given.pop("profile", "0") == "1"
+    deterministic = given.pop("deterministic", "0") == "1"
+    types = {f.name: type(f.default) for f in fields(Workload)}
+    values = {k: v == "1" if types[k] is bool else types[k](v) for k, v in given.items()}
+    work = Workload(family=families[0] if families else "sd15", **values)
+    report = measure(work, profiled=profiled, deterministic=deterministic)
+    lines = report.pop("kernels", [])
+    print(json.dumps({"ours": values | {"family": work.family}} | report | machine()), flush=True)
+    print("\n".join(lines), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

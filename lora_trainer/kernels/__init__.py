@@ -1,0 +1,1 @@
+"""The mathematics of a fast step: fused LoRA products, norms and gates, in plain torch and in Triton."""

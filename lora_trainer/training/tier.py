@@ -1,0 +1,46 @@
+"""How fast a step can be on this device: which operations, which memory layout, captured or not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lora_trainer.config import Config
+from lora_trainer.kernels.choose import choose
+from lora_trainer.kernels.plain import PlainOps
+from lora_trainer.models.model import Model
+from lora_trainer.training.precision import Precision
+
+# Copies of the convolutions' weights are made where they take at most this share of the free memory.
+SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class Tier:
+    """`kernels`: the weights of k×k convolutions in `memory_format`, copies where the model has them otherwise."""
+
+    ops: PlainOps
+    captured: bool
+    memory_format: torch.memory_format
+    kernels: Mapping[nn.Module, Tensor]
+    notices: tuple[str, ...]
+
+
+def choose_tier(config: Config, model: Model, precision: Precision) -> Tier:
+    """Probe the device of `model`."""
+    device = model.facts.device
+    ops, reason = choose(device, precision.compute, deterministic=config.deterministic)
+    if device.type != "cuda":
+        return Tier(ops, False, torch.contiguous_format, {}, ())
+    convs = [m for m in model.unet.modules() if type(m) is nn.Conv2d and max(m.kernel_size) > 1]
+    size = sum(conv.weight.numel() for conv in convs) * torch.finfo(precision.compute).bits // 8
+    free = torch.cuda.mem_get_info(device)[0]
+    last = size <= SHARE * free
+    layout = torch.channels_last if last else torch.contiguous_format
+    kernels = {conv: conv.weight.detach().to(precision.compute, memory_format=layout) for conv in convs if last}
+    words = f"channels-last, {size / 1e9:.2f} GB of weights copied for it" if last else "no copies of weights (NCHW)"
+    told = [f"step: {ops.name}, captured as a CUDA graph, {words}"]
+    return Tier(ops, True, layout, kernels, tuple(told + ([reason] if reason else [])))
