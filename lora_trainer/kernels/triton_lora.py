@@ -38,16 +38,29 @@ def keep(keys, row, column, rows_per_sample, rank, offset, threshold):
 
 
 @triton.jit
+def _masked(
+    inner, keys, rows, ranks, rank, scale, kept_scale, rows_per_sample, offset, threshold, DROPOUT: tl.constexpr
+):
+    """The rank-r product with its scale and dropout."""
+    if DROPOUT:
+        kept = keep(keys, rows, ranks, rows_per_sample, rank, offset, threshold)
+        return tl.where(kept, inner * kept_scale, 0.0)
+    return inner * scale
+
+
+@triton.jit
 def _product(
     x, w, bias, residual, p, q, y, low, keys,
-    M, N, K, rank, stride_wk, stride_wn, stride_pk, stride_pr, stride_qr, stride_qn,
-    scale, kept_scale, rows_per_sample, offset, threshold,
+    M, N, K, rank, stride_wk, stride_wn, scale, kept_scale, rows_per_sample, offset, threshold,
     RANK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, DROPOUT: tl.constexpr,
+    DESCRIBED: tl.constexpr, TALL: tl.constexpr,
 ):  # fmt: skip
-    """y [M, N] = x w (+ bias) + low q (+ residual), low [M, RANK] = scale (x p) ∘ mask.
+    """y [M, N] = x w (+ bias) + low qᵀ (+ residual), low [M, RANK] = scale (x pᵀ) ∘ mask.
 
-    x, y, residual and low are row-major; w [K, N], p [K, rank] and q [rank, N] have any strides.
+    x, y, residual and low are row-major; p [rank, K] and q [rank, N] too; w [K, N] has any strides. K is a multiple of
+    BK. DESCRIBED: x and w are tensor descriptors (Hopper's bulk copies), w [N, K] where TALL. Rows, columns and ranks
+    outside are computed as copies of some inside, which is cheaper than masks in the loop.
     """
     pid = tl.program_id(0)
     blocks_m, blocks_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
@@ -61,37 +74,38 @@ def _product(
     columns = block_n * BN + tl.arange(0, BN)
     ranks = tl.arange(0, RANK)
     ks = tl.arange(0, BK)
-    in_rows, in_columns, in_rank = rows < M, columns < N, ranks < rank
-    x_at = x + rows[:, None].to(tl.int64) * K + ks[None, :]
-    w_at = w + ks[:, None] * stride_wk + columns[None, :] * stride_wn
-    p_at = p + ks[:, None] * stride_pk + ranks[None, :] * stride_pr
+    p_at = p + (ranks % rank)[None, :].to(tl.int64) * K + ks[:, None]
+    if not DESCRIBED:
+        x_at = x + (rows % M)[:, None].to(tl.int64) * K + ks[None, :]
+        w_at = w + ks[:, None] * stride_wk + (columns % N)[None, :] * stride_wn
     total = tl.zeros((BM, BN), tl.float32)
     inner = tl.zeros((BM, RANK), tl.float32)
     for k in range(0, K, BK):
-        in_k = ks < K - k
-        x_tile = tl.load(x_at, mask=in_rows[:, None] & in_k[None, :], other=0.0)
-        w_tile = tl.load(w_at, mask=in_k[:, None] & in_columns[None, :], other=0.0)
-        p_tile = tl.load(p_at, mask=in_k[:, None] & in_rank[None, :], other=0.0)
+        if DESCRIBED:
+            x_tile = x.load([block_m * BM, k])
+            if TALL:
+                w_tile = w.load([block_n * BN, k]).T
+            else:
+                w_tile = w.load([k, block_n * BN])
+        else:
+            x_tile = tl.load(x_at)
+            w_tile = tl.load(w_at)
+            x_at += BK
+            w_at += BK * stride_wk
+        p_tile = tl.load(p_at)
         total = tl.dot(x_tile, w_tile, total)
         inner = tl.dot(x_tile, p_tile, inner)
-        x_at += BK
-        w_at += BK * stride_wk
-        p_at += BK * stride_pk
-    if DROPOUT:
-        kept = keep(keys, tl.minimum(rows, M - 1), ranks, rows_per_sample, rank, offset, threshold)
-        inner = tl.where(kept, inner * kept_scale, 0.0)
-    else:
-        inner = inner * scale
-    inner = inner.to(x.dtype.element_ty)
+        p_at += BK
+    in_rows, in_columns = rows < M, columns < N
+    inner = _masked(inner, keys, rows % M, ranks, rank, scale, kept_scale, rows_per_sample, offset, threshold, DROPOUT)
+    inner = inner.to(low.dtype.element_ty)
     if block_n == 0:
         tl.store(low + rows[:, None] * RANK + ranks[None, :], inner, mask=in_rows[:, None])
-    q_tile = tl.load(
-        q + ranks[:, None] * stride_qr + columns[None, :] * stride_qn,
-        mask=in_rank[:, None] & in_columns[None, :], other=0.0,
-    )  # fmt: skip
+    q_at = q + ranks[:, None] * N + columns[None, :]
+    q_tile = tl.load(q_at, mask=(ranks < rank)[:, None] & in_columns[None, :], other=0.0)
     total = tl.dot(inner, q_tile, total)
     if HAS_BIAS:
-        total += tl.load(bias + columns, mask=in_columns, other=0.0).to(tl.float32)[None, :]
+        total += tl.load(bias + columns % N).to(tl.float32)[None, :]
     at = rows[:, None].to(tl.int64) * N + columns[None, :]
     inside = in_rows[:, None] & in_columns[None, :]
     if HAS_RESIDUAL:
@@ -101,31 +115,22 @@ def _product(
 
 @triton.jit
 def _low(
-    x, p, low, keys, M, K, rank, stride_pk, stride_pr, scale, kept_scale, rows_per_sample, offset, threshold,
+    x, p, low, keys, M, K, rank, scale, kept_scale, rows_per_sample, offset, threshold,
     RANK: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    """low [M, RANK] = scale (x p) ∘ mask alone, where nobody asks for the gradient of the input."""
+    """low [M, RANK] = scale (x pᵀ) ∘ mask alone, where nobody asks for the gradient of the input."""
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     ranks = tl.arange(0, RANK)
     ks = tl.arange(0, BK)
-    in_rows, in_rank = rows < M, ranks < rank
+    x_at = x + (rows % M)[:, None].to(tl.int64) * K + ks[None, :]
+    p_at = p + (ranks % rank)[None, :].to(tl.int64) * K + ks[:, None]
     inner = tl.zeros((BM, RANK), tl.float32)
-    for k in range(0, K, BK):
-        in_k = ks < K - k
-        x_tile = tl.load(
-            x + rows[:, None].to(tl.int64) * K + k + ks[None, :], mask=in_rows[:, None] & in_k[None, :], other=0.0
-        )
-        p_tile = tl.load(
-            p + (k + ks[:, None]) * stride_pk + ranks[None, :] * stride_pr,
-            mask=in_k[:, None] & in_rank[None, :], other=0.0,
-        )  # fmt: skip
-        inner = tl.dot(x_tile, p_tile, inner)
-    if DROPOUT:
-        kept = keep(keys, tl.minimum(rows, M - 1), ranks, rows_per_sample, rank, offset, threshold)
-        inner = tl.where(kept, inner * kept_scale, 0.0)
-    else:
-        inner = inner * scale
-    tl.store(low + rows[:, None] * RANK + ranks[None, :], inner.to(x.dtype.element_ty), mask=in_rows[:, None])
+    for _ in range(0, K, BK):
+        inner = tl.dot(tl.load(x_at), tl.load(p_at), inner)
+        x_at += BK
+        p_at += BK
+    inner = _masked(inner, keys, rows % M, ranks, rank, scale, kept_scale, rows_per_sample, offset, threshold, DROPOUT)
+    tl.store(low + rows[:, None] * RANK + ranks[None, :], inner.to(low.dtype.element_ty), mask=(rows < M)[:, None])
 
 
 @triton.jit
@@ -133,39 +138,34 @@ def _gradients(
     dy, low, grad_up, N, x, dlow, grad_down, K, M, rank, rows_per_split,
     RANK: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """grad_up [N, rank] += dyᵀ low and grad_down [rank, K] += dlowᵀ x, a block of columns and a share of rows each."""
+    """grad_up [rank, N] += lowᵀ dy and grad_down [rank, K] += dlowᵀ x, a block of columns and a share of rows each."""
     pid = tl.program_id(0)
     blocks_up = tl.cdiv(N, BC)
-    ranks = tl.arange(0, RANK)
     start = tl.program_id(1) * rows_per_split
     stop = tl.minimum(start + rows_per_split, M)
     if pid < blocks_up:
-        columns = pid * BC + tl.arange(0, BC)
-        total = _columns(dy, low, N, columns, start, stop, RANK, BM, BC)
-        at = grad_up + columns[:, None] * rank + ranks[None, :]
-        tl.atomic_add(at, total, mask=(columns < N)[:, None] & (ranks < rank)[None, :], sem="relaxed")
+        _columns(dy, low, grad_up, N, pid * BC + tl.arange(0, BC), start, stop, rank, RANK, BM, BC)
     else:
-        columns = (pid - blocks_up) * BC + tl.arange(0, BC)
-        total = _columns(x, dlow, K, columns, start, stop, RANK, BM, BC)
-        at = grad_down + ranks[None, :] * K + columns[:, None]
-        tl.atomic_add(at, total, mask=(columns < K)[:, None] & (ranks < rank)[None, :], sem="relaxed")
+        _columns(x, dlow, grad_down, K, (pid - blocks_up) * BC + tl.arange(0, BC), start, stop, rank, RANK, BM, BC)
 
 
 @triton.jit
-def _columns(wide, narrow, N, columns, start, stop, RANK: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):
-    """[BC, RANK] = wide[start:stop, columns]ᵀ narrow[start:stop]."""
+def _columns(wide, narrow, grad, N, columns, start, stop, rank, RANK: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):
+    """grad[:, columns] += narrow[start:stop]ᵀ wide[start:stop, columns]."""
     ranks = tl.arange(0, RANK)
+    in_columns = columns < N
     total = tl.zeros((BC, RANK), tl.float32)
     for row in range(start, stop, BM):
         rows = row + tl.arange(0, BM)
         inside = rows < stop
         wide_tile = tl.load(
             wide + rows[None, :].to(tl.int64) * N + columns[:, None],
-            mask=inside[None, :] & (columns < N)[:, None], other=0.0,
+            mask=inside[None, :] & in_columns[:, None], other=0.0,
         )  # fmt: skip
         narrow_tile = tl.load(narrow + rows[:, None] * RANK + ranks[None, :], mask=inside[:, None], other=0.0)
         total = tl.dot(wide_tile, narrow_tile, total)
-    return total
+    at = grad + ranks[None, :].to(tl.int64) * N + columns[:, None]
+    tl.atomic_add(at, total, mask=in_columns[:, None] & (ranks < rank)[None, :], sem="relaxed")
 
 
 class TritonLoraLinear(torch.autograd.Function):
@@ -173,8 +173,9 @@ class TritonLoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, residual, site, down, up):  # noqa: ANN001, ANN205
-        draw = site.draw(x.shape[0])
-        y, low = product(x, weight.t(), site.down.t(), site.up.t(), Extra(site.scale(), draw, bias, residual))
+        draw, x = site.draw(x.shape[0]), x.contiguous()
+        residual = None if residual is None else residual.contiguous()
+        y, low = product(x, weight.t(), site.down, site.up.t(), Extra(site.scale(), draw, bias, residual))
         ctx.save_for_backward(x, low, weight)
         ctx.site, ctx.scale, ctx.draw = site, site.scale(), draw
         return y
@@ -186,9 +187,9 @@ class TritonLoraLinear(torch.autograd.Function):
         residual = dy if ctx.needs_input_grad[3] else None
         dy = dy.contiguous()
         if ctx.needs_input_grad[0]:
-            dx, dlow = product(dy, weight, site.up, site.down, extra)
+            dx, dlow = product(dy, weight, site.up.t(), site.down, extra)
         else:
-            dx, dlow = None, low_product(dy, site.up, extra)
+            dx, dlow = None, low_product(dy, site.up.t(), extra)
         gradients(dy, low, x, dlow, site)
         return dx, None, None, residual, None, None, None
 
@@ -221,32 +222,34 @@ def padded(rank: int) -> int:
 
 
 def product(x: Tensor, w: Tensor, p: Tensor, q: Tensor, extra: Extra) -> tuple[Tensor, Tensor]:
-    """(x w + low q + bias + residual [M, N], low [M, padded rank]) of x [M, K], w [K, N], p [K, r], q [r, N]."""
-    (M, K), N, rank = x.shape, w.shape[1], p.shape[1]
-    w = like(w, x)
-    y, low = x.new_empty(M, N), x.new_empty(M, padded(rank))
-    keys, kept_scale, per_sample, offset, threshold = extra.dropout(M, x)
-    bias = extra.bias
+    """(x w + low q + bias + residual [M, N], low [M, padded rank]) of x [M, K], w [K, N], p [r, K], q [r, N]."""
+    (M, K), N, rank = x.shape, w.shape[1], p.shape[0]
+    w, y, low = like(w, x), x.new_empty(M, N), x.new_empty(M, padded(rank))
+    keys, *dropout = extra.dropout(M, x)
+    bias, residual = extra.bias, extra.residual
     tile = tiles(M, N, K)
-    grid = (triton.cdiv(M, tile["BM"]) * triton.cdiv(N, tile["BN"]),)
+    block = tile["BM"], tile["BN"], tile["BK"]
+    tall = w.stride(0) == 1
+    described = _describe(x, w.t() if tall else w, block, tall=tall)
+    x_given, w_given = described or (x, w)
+    grid = (triton.cdiv(M, block[0]) * triton.cdiv(N, block[1]),)
     _product[grid](
-        x, w, x if bias is None else bias, x if extra.residual is None else extra.residual, p, q, y, low, keys,
-        M, N, K, rank, w.stride(0), w.stride(1), p.stride(0), p.stride(1), q.stride(0), q.stride(1),
-        extra.scale, kept_scale, per_sample, offset, threshold,
-        RANK=padded(rank), HAS_BIAS=bias is not None, HAS_RESIDUAL=extra.residual is not None,
-        DROPOUT=extra.draw is not None, **tile,
+        x_given, w_given, x if bias is None else bias, x if residual is None else residual, p, q, y, low, keys,
+        M, N, K, rank, w.stride(0), w.stride(1), extra.scale, *dropout,
+        RANK=padded(rank), HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
+        DROPOUT=extra.draw is not None, DESCRIBED=described is not None, TALL=tall, **tile,
     )  # fmt: skip
     return y, low
 
 
 def low_product(x: Tensor, p: Tensor, extra: Extra) -> Tensor:
     """The rank-r part of `product` alone: [M, padded rank]."""
-    (M, K), rank = x.shape, p.shape[1]
+    (M, K), rank = x.shape, p.shape[0]
     low = x.new_empty(M, padded(rank))
-    keys, kept_scale, per_sample, offset, threshold = extra.dropout(M, x)
+    keys, *dropout = extra.dropout(M, x)
     _low[(triton.cdiv(M, 32),)](
-        x, p, low, keys, M, K, rank, p.stride(0), p.stride(1), extra.scale, kept_scale, per_sample, offset, threshold,
-        RANK=padded(rank), BM=32, BK=128, DROPOUT=extra.draw is not None, num_warps=4, num_stages=3,
+        x, p, low, keys, M, K, rank, extra.scale, *dropout,
+        RANK=padded(rank), BM=32, BK=inner_block(K), DROPOUT=extra.draw is not None, num_warps=4, num_stages=4,
     )  # fmt: skip
     return low
 
@@ -259,15 +262,40 @@ def gradients(dy: Tensor, low: Tensor, x: Tensor, dlow: Tensor, site: Site) -> N
     splits = max(1, min(triton.cdiv(M, 128), 512 // columns))
     rows = triton.cdiv(triton.cdiv(M, splits), 64) * 64
     _gradients[(columns, triton.cdiv(M, rows))](
-        dy, low, site.grad_up, N, x, dlow, site.grad_down, K, M, site.rank, rows,
+        dy, low, site.grad_up.t(), N, x, dlow, site.grad_down, K, M, site.rank, rows,
         RANK=low.shape[1], BM=64, BC=block, num_warps=4, num_stages=3,
     )  # fmt: skip
 
 
 def tiles(M: int, N: int, K: int) -> dict[str, int]:
-    """Tile sizes by the product's size, as measured on an H100."""
-    if triton.cdiv(M, 128) * triton.cdiv(N, 128) >= 132:
-        return {"BM": 128, "BN": 128, "BK": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3}
-    if triton.cdiv(M, 64) * triton.cdiv(N, 128) >= 132:
-        return {"BM": 64, "BN": 128, "BK": 64, "GROUP": 8, "num_warps": 4, "num_stages": 4}
-    return {"BM": 64, "BN": 64, "BK": 64, "GROUP": 8, "num_warps": 4, "num_stages": 4}
+    """Tile sizes by the product's size, the fastest of those measured on an H100."""
+    BK = inner_block(K)
+    if triton.cdiv(M, 128) * triton.cdiv(N, 128) >= 120:
+        return {"BM": 128, "BN": 128, "BK": BK, "GROUP": 8, "num_warps": 8, "num_stages": 3}
+    if triton.cdiv(M, 128) * triton.cdiv(N, 128) >= 80:
+        return {"BM": 128, "BN": 128, "BK": BK, "GROUP": 8, "num_warps": 4, "num_stages": 4}
+    if triton.cdiv(M, 64) * triton.cdiv(N, 128) >= 80:
+        return {"BM": 64, "BN": 128, "BK": BK, "GROUP": 8, "num_warps": 4, "num_stages": 4}
+    return {"BM": 64, "BN": 64, "BK": BK, "GROUP": 8, "num_warps": 4, "num_stages": 4}
+
+
+def fits(fan_in: int, fan_out: int) -> bool:
+    """Whether both directions of a layer divide into tiles."""
+    return fan_in % 16 == 0 and fan_out % 16 == 0
+
+
+def inner_block(K: int) -> int:
+    """The largest tile along K that divides it."""
+    return next(block for block in (64, 32, 16) if K % block == 0)
+
+
+def _describe(x: Tensor, w: Tensor, block: tuple[int, int, int], *, tall: bool) -> tuple | None:
+    """Descriptors of x [M, K] and w ([N, K] where tall, else [K, N]) for bulk copies, where the device has them."""
+    BM, BN, BK = block
+    if not (x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)) or BK * x.element_size() < 64:
+        return None
+    if any(t.data_ptr() % 16 or t.stride(0) * t.element_size() % 16 for t in (x, w)):
+        return None
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(x, [BM, BK]), TensorDescriptor.from_tensor(w, [BN, BK] if tall else [BK, BN])

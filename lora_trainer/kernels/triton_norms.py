@@ -60,17 +60,23 @@ def _gn_sums(
     first = block * NG
     groups = first + tl.arange(0, NG)
     origin = _origin(x, shift, b, groups, HW, C, GS, HAS_SHIFT)
-    total, squares = tl.zeros((NG,), tl.float32), tl.zeros((NG,), tl.float32)
+    total, squares = tl.zeros((ROWS, NG, GSP), tl.float32), tl.zeros((ROWS, NG, GSP), tl.float32)
     start = split * rows_per_split
     for row in range(start, tl.minimum(start + rows_per_split, HW), ROWS):
         at, channels, inside, mask = _tile(row, HW, b * HW, first, C, GS, GSP, NG, ROWS)
         value = _load(x, shift, at, channels, inside, mask, b, C, HAS_SHIFT)
         value = tl.where(mask, value - origin[None, :, None], 0.0)
-        total += tl.sum(tl.sum(value, 2), 0)
-        squares += tl.sum(tl.sum(value * value, 2), 0)
+        total += value
+        squares += value * value
+    _store_sums(partial, total, squares, b, groups, G, split)
+
+
+@triton.jit
+def _store_sums(partial, first, second, b, groups, G, split):
+    """Two tiles [ROWS, NG, GSP], summed over rows and each group's channels, as one split's share."""
     at = partial + ((b * G + groups) * tl.num_programs(2) + split) * 2
-    tl.store(at, total, mask=groups < G)
-    tl.store(at + 1, squares, mask=groups < G)
+    tl.store(at, tl.sum(tl.sum(first, 2), 0), mask=groups < G)
+    tl.store(at + 1, tl.sum(tl.sum(second, 2), 0), mask=groups < G)
 
 
 @triton.jit
@@ -146,18 +152,16 @@ def _gn_back_sums(
     b, block, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first = block * NG
     groups = first + tl.arange(0, NG)
-    total, product = tl.zeros((NG,), tl.float32), tl.zeros((NG,), tl.float32)
+    total, product = tl.zeros((ROWS, NG, GSP), tl.float32), tl.zeros((ROWS, NG, GSP), tl.float32)
     start = split * rows_per_split
     for row in range(start, tl.minimum(start + rows_per_split, HW), ROWS):
         at, channels, inside, mask = _tile(row, HW, b * HW, first, C, GS, GSP, NG, ROWS)
         normed, slope, rstd = _gn_slopes(
             x, shift, weight, bias, stats, dy, at, channels, inside, mask, b, first, C, G, NG, HAS_SHIFT, SILU
         )
-        total += tl.sum(tl.sum(slope, 2), 0)
-        product += tl.sum(tl.sum(slope * normed, 2), 0)
-    at = partial + ((b * G + groups) * tl.num_programs(2) + split) * 2
-    tl.store(at, total, mask=groups < G)
-    tl.store(at + 1, product, mask=groups < G)
+        total += slope
+        product += slope * normed
+    _store_sums(partial, total, product, b, groups, G, split)
 
 
 @triton.jit
@@ -195,7 +199,7 @@ class Plan:
         count = max(1, min(8, 128 // triton.next_power_of_2(size)))
         self.tile = {"GS": size, "GSP": triton.next_power_of_2(size), "NG": count, "ROWS": ROWS}
         blocks = triton.cdiv(groups, count)
-        wanted = max(1, 264 // (self.B * blocks))
+        wanted = max(1, 1056 // (self.B * blocks))
         self.splits = 1 if self.HW <= WALK else min(wanted, triton.cdiv(self.HW, ROWS), 64)
         self.rows = triton.cdiv(triton.cdiv(self.HW, self.splits), ROWS) * ROWS
         self.splits = triton.cdiv(self.HW, self.rows)

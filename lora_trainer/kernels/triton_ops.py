@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lora_trainer.kernels.plain import PlainOps, like
 from lora_trainer.kernels.site import Site
 from lora_trainer.kernels.triton_gates import TritonAdd, TritonGeglu
-from lora_trainer.kernels.triton_lora import TritonLoraLinear
+from lora_trainer.kernels.triton_lora import TritonLoraLinear, fits
 from lora_trainer.kernels.triton_norms import TritonGroupNorm, TritonLayerNorm
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -25,7 +25,7 @@ class TritonOps(PlainOps):
     def lora_linear(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, site: Site, residual: Tensor | None = None
     ) -> Tensor:
-        if site.rank > MAX_RANK or x.dtype not in HALVES:
+        if site.rank > MAX_RANK or x.dtype not in HALVES or not fits(*reversed(weight.shape)):
             return super().lora_linear(x, weight, bias, site, residual)
         return TritonLoraLinear.apply(x, weight, bias, residual, site, *site.parameters)
 

@@ -18,7 +18,11 @@ ALIGNMENT = 16
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a parameter lives: `owner.attribute` is `buffer[start : start + size]`."""
+    """Where a parameter lives: `owner.attribute` is `buffer[start : start + size]`.
+
+    A tall matrix lies there transposed, so that the long side is contiguous, as the kernels want it: [r, n] for both
+    factors of a LoRA.
+    """
 
     name: str
     owner: nn.Module
@@ -29,6 +33,14 @@ class Slot:
     @property
     def size(self) -> int:
         return self.shape.numel()
+
+    def of(self, buffer: Tensor) -> Tensor:
+        """The view of `buffer` that is this slot's, in the parameter's shape."""
+        part = buffer[self.start : self.start + self.size]
+        rows, columns = self.shape[0], self.size // max(1, self.shape[0])
+        if rows > columns == self.shape[1:2].numel():
+            return part.view(columns, rows).t().view(self.shape)
+        return part.view(self.shape)
 
 
 @dataclass(frozen=True)
@@ -77,7 +89,7 @@ class Trainables:
 
     def of(self, buffer: Tensor, slot: Slot) -> Tensor:
         """The view of `buffer` (masters, gradients, a moment, an average) that belongs to `slot`."""
-        return buffer[slot.start : slot.start + slot.size].view(slot.shape)
+        return slot.of(buffer)
 
     def set_learning_rate(self, value: float) -> None:
         """Schedule's learning rate of this step; no synchronisation."""
