@@ -13,7 +13,8 @@ class Captures:
 
     The first run of a part is a real one, eagerly: it warms libraries and caches up and its result counts. The second
     is captured, and replayed from then on; a part's tensors therefore stay where they are. All graphs share one
-    memory pool, which `release` gives back; afterwards every part starts anew.
+    memory pool, which `release` gives back; afterwards every part starts anew. `reason` says why nothing is captured
+    where that was tried and failed.
     """
 
     def __init__(self, device: torch.device, *, enabled: bool = True) -> None:
@@ -22,6 +23,7 @@ class Captures:
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self._warm: set[Hashable] = set()
         self._pool = None
+        self.reason: str | None = None
 
     @property
     def count(self) -> int:
@@ -31,8 +33,8 @@ class Captures:
         """Do what `body` does, on the same memory as always for this `part`."""
         if part in self._graphs:
             self._graphs[part].replay()
-        elif self.enabled and part in self._warm:
-            self._capture(part, body).replay()
+        elif self.enabled and part in self._warm and self._capture(part, body):
+            self._graphs[part].replay()
         else:
             body()
             self._warm.add(part)
@@ -49,14 +51,30 @@ class Captures:
         self._pool = None
         torch.cuda.empty_cache()
 
-    def _capture(self, part: Hashable, body: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    def _capture(self, part: Hashable, body: Callable[[], None]) -> bool:
+        """Whether `part` is captured now. Raises torch's OutOfMemoryError; after any other failure parts just run."""
         graph = torch.cuda.CUDAGraph()
-        # Other threads of a WebUI use CUDA meanwhile: only this one must hold still.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            body()
+        try:
+            # Other threads of a WebUI use CUDA meanwhile: only this one must hold still.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                body()
+        except RuntimeError as error:
+            if out_of_memory(error):
+                raise torch.cuda.OutOfMemoryError(str(error)) from error
+            self.enabled, self.reason = False, str(error).splitlines()[0]
+            return False
         self._pool = self._pool or graph.pool()
         self._graphs[part] = graph
-        return graph
+        return True
+
+
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether `error`, or what it arose from, is that memory ran out: ending a capture can fail because of it."""
+    while error is not None:
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 class Pace:

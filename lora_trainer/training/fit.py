@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
+
+import torch
 
 from lora_trainer.dataset.order import Update
 from lora_trainer.hosts.ports import GpuLease
@@ -26,6 +28,7 @@ class Outcome(Enum):
     DONE = "done"
     STOPPED = "stopped"
     HANDED_OVER = "handed over"
+    OUT_OF_MEMORY = "out of memory"
 
 
 class Boundary(Protocol):
@@ -70,10 +73,12 @@ def _steps(
     while step < steps and not stop():
         planned, batches = next(updates)
         rate = loop.learning_rate(step)
-        segment.trainables.set_learning_rate(rate)
-        for batch in batches:
-            segment.forward_backward(batch)
-        segment.update(segment.captures)
+        try:
+            _update(segment, batches, rate)
+        except torch.cuda.OutOfMemoryError:
+            # Gradients are added up before an update touches anything that lasts: all is as after the last one.
+            loop.results.read()
+            return Outcome.OUT_OF_MEMORY, step
         step += 1
         loop.results.add(step, planned.epoch, rate)
         pace()
@@ -86,3 +91,10 @@ def _steps(
             return Outcome.HANDED_OVER, step
     loop.results.read()
     return (Outcome.DONE if step == steps else Outcome.STOPPED), step
+
+
+def _update(segment: Segment, batches: Sequence[Batch], learning_rate: float) -> None:
+    segment.trainables.set_learning_rate(learning_rate)
+    for batch in batches:
+        segment.forward_backward(batch)
+    segment.update(segment.captures)

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from lora_trainer.config import Config
 from lora_trainer.dataset.prepare import Encoded
-from lora_trainer.errors import OutputError
+from lora_trainer.errors import OutputError, UserError
 from lora_trainer.events import EventSink, Notice, Started
 from lora_trainer.hosts.ports import GpuLease
 from lora_trainer.models.model import Model
@@ -19,11 +21,16 @@ from lora_trainer.training.boundary import Boundaries, Validation
 from lora_trainer.training.data import Items, TrainingData
 from lora_trainer.training.feed import Feed
 from lora_trainer.training.fit import Loop, Outcome, fit
+from lora_trainer.training.ladder import Plan
 from lora_trainer.training.output import Output, Progress
 from lora_trainer.training.precision import resolve
 from lora_trainer.training.results import DivergedError, Results
 from lora_trainer.training.segment import Segment, State, alpha_of, open_segment
 from lora_trainer.training.trial import Measured
+
+
+class OutOfMemoryError(UserError):
+    """No plan of the ladder fits into the memory."""
 
 
 class _Interrupted(Exception):
@@ -47,11 +54,13 @@ class Job:
     loss: float | None = None
     published: list[Path] = field(default_factory=list)
     measured: Measured = field(default_factory=Measured)
+    _begun: bool = False
     _data: TrainingData | None = None
     _state: State | None = None
     _encoded: tuple[Encoded, Encoded] | None = None
 
     def __post_init__(self) -> None:
+        self.plan = Plan.of(self.config)
         self.validation = Validation(None, self.sink)
 
     def segment(self, model: Model, lease: GpuLease) -> Outcome:
@@ -66,17 +75,31 @@ class Job:
             self.config.gradient_accumulation_steps,
             self.config.seed,
             model.noise.timesteps,
+            self.plan.parts,
         )
         steps = self.config.max_train_steps or self.config.epochs * feed.steps_per_epoch
-        with open_segment(self.config, model, self._state) as segment:
-            if self.step == 0:
+        with open_segment(self.config, model, self._state, self.plan) as segment:
+            if not self._begun:
                 self._begin(segment, steps)
             outcome = self._fit(segment, self._loop(segment, feed, steps), lease)
-            if outcome is Outcome.HANDED_OVER:
+            if outcome is Outcome.OUT_OF_MEMORY:
+                self._step_down()
+            if outcome in (Outcome.HANDED_OVER, Outcome.OUT_OF_MEMORY):
                 self._state = segment.state()
-            else:
-                self._finish(segment, feed)
+                return Outcome.HANDED_OVER
+            self._finish(segment, feed)
         return outcome
+
+    def _step_down(self) -> None:
+        """Raises OutOfMemoryError when nothing is left to give up."""
+        lighter = self.plan.lighter(self.config.batch_size)
+        if lighter is None:
+            raise OutOfMemoryError(
+                f"step {self.step + 1}: out of GPU memory, also with {self.plan}. Close what else uses the GPU, or "
+                "lower resolution or lora_rank"
+            )
+        self.plan = lighter
+        self.sink(Notice(text=f"step {self.step + 1}: out of memory, goes on with {lighter}", level="warning"))
 
     def _prepare(self, model: Model, lease: GpuLease) -> Outcome:
         notice = resolve(self.config.mixed_precision, model.facts.device)[1]
@@ -102,6 +125,7 @@ class Job:
             raise _Interrupted(Outcome.HANDED_OVER)
 
     def _begin(self, segment: Segment, steps: int) -> None:
+        self._begun = True
         config, facts = self.config, segment.model.facts
         self.sink(
             Started(
@@ -134,7 +158,7 @@ class Job:
         actions = (
             (config.validate_every, lambda step: self.validation(segment.network, step)),
             (config.save_steps, lambda step: self._save_between(segment, feed, step)),
-            (config.sample_every, lambda step: self.output.preview(segment, step)),
+            (config.sample_every, lambda step: self._preview(segment, step)),
         )
         return Loop(
             feed=feed,
@@ -147,6 +171,8 @@ class Job:
     def _fit(self, segment: Segment, loop: Loop, lease: GpuLease) -> Outcome:
         try:
             outcome, self.step = fit(loop, first_step=self.step, lease=lease, stop=self.stop)
+            if segment.captures.reason:
+                self.sink(Notice(text=f"the step ran uncaptured: {segment.captures.reason}", level="warning"))
         except DivergedError:
             self._save_between(segment, loop.feed, loop.results.step)
             raise
@@ -167,7 +193,15 @@ class Job:
         self.validation(segment.network, self.step)
         self.measured.validate = self.validation.seconds / max(1, len(self.items.held_out))
         self.published = self.output.save(segment, self._data.train, self._progress(feed, self.step), final=True)
-        self.output.preview(segment, self.step)
+        self._preview(segment, self.step)
+
+    def _preview(self, segment: Segment, step: int) -> None:
+        """A run is not lost because a picture does not fit beside it."""
+        try:
+            self.output.preview(segment, step)
+        except torch.cuda.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            self.sink(Notice(text=f"step {step}: no preview, it does not fit into the memory", level="warning"))
 
     def _progress(self, feed: Feed, step: int) -> Progress:
         return Progress(step, feed.steps_per_epoch, feed.batches_per_epoch)

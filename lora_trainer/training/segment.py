@@ -21,6 +21,7 @@ from lora_trainer.training.checkpointing import checkpointed
 from lora_trainer.training.dropout import LoraDropout
 from lora_trainer.training.fused import Fused, fuse, is_linear
 from lora_trainer.training.objectives import mse
+from lora_trainer.training.ladder import Plan
 from lora_trainer.training.optimizers import AdamWSettings, FlatAdamW, Optimizer
 from lora_trainer.training.precision import LossScaler, resolve
 from lora_trainer.training.step import ForwardBackward, Network, Update
@@ -77,7 +78,7 @@ class Segment:
 
 
 @contextmanager
-def open_segment(config: Config, model: Model, state: State | None) -> Iterator[Segment]:
+def open_segment(config: Config, model: Model, state: State | None, plan: Plan | None = None) -> Iterator[Segment]:
     """Inject the adapter into `model`'s view and go on from `state`; the view is clean of hooks afterwards."""
     precision, _ = resolve(config.mixed_precision, model.facts.device)
     adapter = inject(
@@ -95,7 +96,7 @@ def open_segment(config: Config, model: Model, state: State | None) -> Iterator[
         working = WorkingCopy(trainables, precision.compute, collects=tier.ops.collects)
         fused = Fused(tier.ops, precision.compute, sites(adapter, working, dropout), tier.kernels)
         stack.enter_context(fuse(model.unet, fused))
-        if config.gradient_checkpointing:
+        if (plan or Plan.of(config)).checkpointing:
             stack.enter_context(checkpointed(model.unet))
         network = Network(model.unet, model.noise, mse, precision, dropout, tier.memory_format)
         segment = _assemble(config, model, adapter, network, working, tier)

@@ -59,6 +59,15 @@ class Batch:
         """The same in page-locked memory, from which copies to a GPU need not be waited for."""
         return self._each(torch.Tensor.pin_memory)
 
+    def split(self, parts: int) -> list[Batch]:
+        """The samples in up to `parts` batches of one size; padding with weight 0 fills the last one up."""
+        count = self.latents.shape[0]
+        size = -(-count // parts)
+        index = torch.arange(size * -(-count // size)).clamp(max=count - 1)
+        whole = self._each(lambda tensor: tensor[index])
+        whole.weight[count:] = 0
+        return [whole._each(lambda tensor, at=at: tensor[at : at + size]) for at in range(0, len(index), size)]
+
     def copy_(self, other: Batch) -> None:
         for field in fields(self):
             mine = getattr(self, field.name)

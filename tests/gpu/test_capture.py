@@ -1,0 +1,126 @@
+"""On a CUDA device: the captured step computes what the eager one does, waits for nobody, and steps down."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks.step import RandomFeed, config_of, model_of
+from benchmarks.workload import Workload
+from lora_trainer.kernels.plain import PlainOps
+from lora_trainer.training import segment as segments
+from lora_trainer.training.capture import Captures
+from lora_trainer.training.settings import torch_settings
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+WORK = Workload(batch=2, resolution=256, dropout=0.1)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return model_of(WORK)
+
+
+def steps(model, count, *, work=WORK, lr=1e-3, captured=True, **changes):
+    """What `count` steps learn: the product B A of each module, and the segment's captures."""
+    feed = RandomFeed(work).stream(0, pinned=True)
+    with torch_settings(None), segments.open_segment(config_of(work, **changes), model, None) as segment:
+        segment.captures.enabled &= captured
+        for _ in range(count):
+            _, batches = next(feed)
+            segment.trainables.set_learning_rate(lr)
+            for batch in batches:
+                segment.forward_backward(batch)
+            segment.update(segment.captures)
+        segment.trainables.verify_views()
+        graphs = segment.captures.count
+        learned = [f.up.flatten(1) @ f.down.flatten(1) for f in segment.adapter.factors().values()]
+    return torch.cat([product.flatten() for product in learned]), graphs
+
+
+def apart(one, other):
+    return ((one - other).norm() / other.norm()).item()
+
+
+def ordinary(monkeypatch):
+    """diffusers' and PEFT's own forwards under autocast, eagerly."""
+    monkeypatch.setattr(segments, "fuse", lambda network, fused: nullcontext())
+    original = segments.choose_tier
+
+    def choose(config, model, precision):
+        tier = original(config, model, precision)
+        plain = {"ops": PlainOps(), "captured": False, "kernels": {}, "memory_format": torch.contiguous_format}
+        return replace(tier, **plain)
+
+    monkeypatch.setattr(segments, "choose_tier", choose)
+
+
+def test_fifty_captured_steps_differ_from_ordinary_ones_as_those_do_from_each_other(model, monkeypatch):
+    fast, graphs = steps(model, 50)
+    assert graphs == 2
+    ordinary(monkeypatch)
+    one, other = steps(model, 50)[0], steps(model, 50)[0]
+    print(f"fast against ordinary {apart(fast, one):.2e}, ordinary against itself {apart(other, one):.2e}")
+    assert apart(fast, one) <= max(2 * apart(other, one), 5e-3)
+
+
+def test_checkpointing_dropout_and_capture_together_change_nothing(model):
+    plain = steps(model, 4, captured=False)[0]
+    for changes in ({}, {"gradient_checkpointing": True}):
+        got, graphs = steps(model, 4, **changes)
+        assert graphs == 2
+        assert apart(got, plain) < 5e-3, changes
+
+
+def test_deterministic_runs_are_equal_bit_by_bit(model):
+    first, second = (steps(model, 4, deterministic=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_no_step_waits_for_the_device(model):
+    feed = RandomFeed(WORK).stream(0, pinned=True)
+    with torch_settings(None), segments.open_segment(config_of(WORK), model, None) as segment:
+        for number in range(6):
+            _, (batch,) = next(feed)
+            if number == 3:
+                torch.cuda.set_sync_debug_mode("error")
+            try:
+                segment.trainables.set_learning_rate(1e-4)
+                segment.forward_backward(batch)
+                segment.update(segment.captures)
+            finally:
+                if number == 5:
+                    torch.cuda.set_sync_debug_mode("default")
+
+
+def test_memory_short_at_a_capture_is_told_and_leaves_nothing_behind(model):
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    with torch_settings(None), segments.open_segment(config_of(WORK), model, None) as segment:
+        _, (batch,) = next(RandomFeed(WORK).stream(0, pinned=True))
+        segment.forward_backward(batch)
+        torch.cuda.empty_cache()
+        filler = torch.empty(torch.cuda.mem_get_info()[0] - 256 * 2**20, dtype=torch.uint8, device="cuda")
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            segment.forward_backward(batch)
+        del filler
+        torch.cuda.empty_cache()
+        segment.forward_backward(batch)
+        assert torch.isfinite(segment.trainables.grads).all()
+    del segment
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= 1.01 * before
+
+
+def test_a_part_that_cannot_be_captured_runs_eagerly():
+    captures, x, seen = Captures(torch.device("cuda")), torch.ones(1, device="cuda"), []
+    for _ in range(4):
+        captures.run("part", lambda: seen.append(x.item()))
+    assert seen[0] == 1
+    assert len(seen) >= 4
+    assert captures.count == 0
+    assert captures.reason
