@@ -1,4 +1,4 @@
-"""The operations of a fast step in plain torch: what runs everywhere, and what the Triton kernels are tested against."""
+"""The operations of a fast step in plain torch: they run everywhere, and the Triton kernels are tested against them."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ class TritonGeglu(torch.autograd.Function):
     """x [M, 2 n] to x[:, :n] · gelu(x[:, n:])."""
 
     @staticmethod
-    def forward(ctx, x):  # noqa: ANN001, ANN205
+    def forward(ctx, x):
         M, N = x.shape[0], x.shape[1] // 2
         y = x.new_empty(M, N)
         _geglu[(M, triton.cdiv(N, 1024))](x, y, N, BLOCK=1024)
@@ -46,7 +46,7 @@ class TritonGeglu(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, dy):  # noqa: ANN001, ANN205
+    def backward(ctx, dy):
         (x,) = ctx.saved_tensors
         M, N = x.shape[0], x.shape[1] // 2
         dx = torch.empty_like(x)
@@ -69,7 +69,7 @@ class TritonAdd(torch.autograd.Function):
     """x + bias + residual for channels-last [B, C, H, W]; the gradient passes through."""
 
     @staticmethod
-    def forward(ctx, x, bias, residual):  # noqa: ANN001, ANN205
+    def forward(ctx, x, bias, residual):
         y = torch.empty_like(x)
         count = x.numel()
         given = x if bias is None else bias
@@ -79,5 +79,5 @@ class TritonAdd(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor, None, Tensor]:  # noqa: ANN001
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, None, Tensor]:
         return dy, None, dy

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from lora_trainer.kernels.plain import PlainOps, like
 from lora_trainer.kernels.site import Site
 from lora_trainer.kernels.triton_gates import TritonAdd, TritonGeglu
+from lora_trainer.kernels.triton_group_norm import TritonGroupNorm
+from lora_trainer.kernels.triton_layer_norm import TritonLayerNorm
 from lora_trainer.kernels.triton_lora import TritonLoraLinear, fits
-from lora_trainer.kernels.triton_norms import TritonGroupNorm, TritonLayerNorm
 
 HALVES = (torch.float16, torch.bfloat16)
 # Larger ranks are no longer low beside the tiles of the frozen product.
@@ -27,7 +28,7 @@ class TritonOps(PlainOps):
     ) -> Tensor:
         if site.rank > MAX_RANK or x.dtype not in HALVES or not fits(*reversed(weight.shape)):
             return super().lora_linear(x, weight, bias, site, residual)
-        return TritonLoraLinear.apply(x, weight, bias, residual, site, *site.parameters)
+        return TritonLoraLinear.apply(x, (weight, bias), residual, site, *site.parameters)
 
     def group_norm(
         self, x: Tensor, norm: nn.GroupNorm, *, silu: bool, shift: Tensor | None = None

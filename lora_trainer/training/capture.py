@@ -31,9 +31,7 @@ class Captures:
 
     def run(self, part: Hashable, body: Callable[[], None]) -> None:
         """Do what `body` does, on the same memory as always for this `part`."""
-        if part in self._graphs:
-            self._graphs[part].replay()
-        elif self.enabled and part in self._warm and self._capture(part, body):
+        if part in self._graphs or (self.enabled and part in self._warm and self._capture(part, body)):
             self._graphs[part].replay()
         else:
             body()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -27,10 +27,9 @@ def ahead(items: Iterator[T], depth: int) -> Iterator[Iterator[T]]:
 
     def put(item: object) -> None:
         while not done.is_set():
-            try:
-                return made.put(item, timeout=0.1)
-            except queue.Full:
-                continue
+            with suppress(queue.Full):
+                made.put(item, timeout=0.1)
+                return
 
     def work() -> None:
         try:
@@ -39,7 +38,7 @@ def ahead(items: Iterator[T], depth: int) -> Iterator[Iterator[T]]:
                 if done.is_set():
                     return
             put((_END, None))
-        except BaseException as error:  # noqa: BLE001 (raised again by whoever waits)
+        except BaseException as error:
             put((_END, error))
 
     thread = threading.Thread(target=work, name="feed", daemon=True)

@@ -20,8 +20,8 @@ from lora_trainer.training.capture import Captures
 from lora_trainer.training.checkpointing import checkpointed
 from lora_trainer.training.dropout import LoraDropout
 from lora_trainer.training.fused import Fused, fuse, is_linear
-from lora_trainer.training.objectives import mse
 from lora_trainer.training.ladder import Plan
+from lora_trainer.training.objectives import mse
 from lora_trainer.training.optimizers import AdamWSettings, FlatAdamW, Optimizer
 from lora_trainer.training.precision import LossScaler, resolve
 from lora_trainer.training.step import ForwardBackward, Network, Update

@@ -10,7 +10,7 @@ import torch
 
 @contextmanager
 def torch_settings(cpu_threads: int | None, *, deterministic: bool = False) -> Iterator[None]:
-    """`cpu_threads` for the run (None leaves them), cuDNN's fastest or its repeatable algorithms; restored afterwards."""
+    """`cpu_threads` for the run (None leaves them), cuDNN's fastest or its repeatable algorithms; then as before."""
     threads, cudnn = torch.get_num_threads(), torch.backends.cudnn
     before = cudnn.benchmark, cudnn.deterministic
     try:

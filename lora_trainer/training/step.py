@@ -19,7 +19,6 @@ from lora_trainer.training.dropout import LoraDropout
 from lora_trainer.training.objectives import Objective
 from lora_trainer.training.optimizers import Optimizer
 from lora_trainer.training.precision import LossScaler, Precision
-from lora_trainer.training.trainables import Trainables
 from lora_trainer.training.working import WorkingCopy
 
 

@@ -97,7 +97,7 @@ def test_switched_off_and_weighed_loras_are_heard(checkpoint):
         assert not torch.equal(losses[1], losses[2])
 
 
-def Fusedless(segment):  # noqa: N802
+def Fusedless(segment):
     from lora_trainer.kernels.plain import PlainOps
     from lora_trainer.training.fused import Fused
 

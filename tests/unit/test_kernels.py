@@ -123,7 +123,7 @@ def test_the_fused_function_in_float64():
     torch.testing.assert_close(s.grad_up, up.grad, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("shape", [(2, 64, 4, 4), (1, 320, 24, 20), (2, 96, 18, 17)])
+@pytest.mark.parametrize("shape", [(2, 64, 4, 4), (1, 320, 17, 16), (2, 96, 18, 17)])
 @pytest.mark.parametrize("silu", [True, False])
 @pytest.mark.parametrize("shifted", [True, False])
 def test_group_norm(ops, shape, silu, shifted):
