@@ -103,7 +103,7 @@ def measure(work: Workload, *, profiled: bool = False, **changes: object) -> dic
     fresh_memory()
     began = time.perf_counter()
     steps = work.warmup + work.steps
-    with torch_settings(None, deterministic=config.deterministic), open_segment(config, model, None) as segment:
+    with torch_settings(None), open_segment(config, model, None) as segment:
         results = Results(segment.update.result, steps, lambda event: None, window=10)
         boundary = SimpleNamespace(due=lambda step: False)
         loop = Loop(RandomFeed(work), segment, lambda step: LEARNING_RATE, boundary, results)

@@ -7,6 +7,8 @@ from collections.abc import Callable, Hashable
 
 import torch
 
+from lora_trainer.training.settings import cudnn_settings
+
 
 class Captures:
     """Runs parts of a step. Off a CUDA device, or switched off, each part just runs.
@@ -17,8 +19,8 @@ class Captures:
     where that was tried and failed.
     """
 
-    def __init__(self, device: torch.device, *, enabled: bool = True) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, *, enabled: bool = True, deterministic: bool = False) -> None:
+        self.device, self.deterministic = device, deterministic
         self.enabled = enabled and device.type == "cuda"
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self._warm: set[Hashable] = set()
@@ -31,11 +33,13 @@ class Captures:
 
     def run(self, part: Hashable, body: Callable[[], None]) -> None:
         """Do what `body` does, on the same memory as always for this `part`."""
-        if part in self._graphs or (self.enabled and part in self._warm and self._capture(part, body)):
-            self._graphs[part].replay()
-        else:
-            body()
-            self._warm.add(part)
+        if part not in self._graphs:
+            with cudnn_settings(deterministic=self.deterministic):
+                if not (self.enabled and part in self._warm and self._capture(part, body)):
+                    body()
+                    self._warm.add(part)
+                    return
+        self._graphs[part].replay()
 
     def release(self) -> None:
         """Free the graphs and the memory they hold; what they computed stays."""

@@ -97,4 +97,4 @@ def _update(segment: Segment, batches: Sequence[Batch], learning_rate: float) ->
     segment.trainables.set_learning_rate(learning_rate)
     for batch in batches:
         segment.forward_backward(batch)
-    segment.update(segment.captures)
+    segment.update()

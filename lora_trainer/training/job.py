@@ -64,7 +64,15 @@ class Job:
         self.validation = Validation(None, self.sink)
 
     def segment(self, model: Model, lease: GpuLease) -> Outcome:
-        """Borrow → inject → steps, until done, stopped or handed over. Raises UserError, Stopped."""
+        """Borrow → inject → steps, until done, stopped or handed over. Raises UserError."""
+        try:
+            return self._segment(model, lease)
+        except torch.cuda.OutOfMemoryError as error:
+            raise OutOfMemoryError(
+                "out of GPU memory outside the steps: close what else uses the GPU, or lower resolution"
+            ) from error
+
+    def _segment(self, model: Model, lease: GpuLease) -> Outcome:
         if self._data is None:
             outcome = self._prepare(model, lease)
             if outcome is not Outcome.DONE:

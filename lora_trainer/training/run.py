@@ -33,10 +33,12 @@ def run(
     config, items = trial.shorten(*full) if config.trial else full
     job = Job(config, items, Output(config, host.store, sink, clock, host.painter), sink, stop)
     outcome = Outcome.HANDED_OVER
-    with torch_settings(config.cpu_threads, deterministic=config.deterministic), host.lease.hold():
+    with torch_settings(config.cpu_threads), host.lease.hold():
         while outcome is Outcome.HANDED_OVER:
             with host.models.borrow() as model:
                 outcome = job.segment(model, host.lease)
+                # The memory of what only the view holds is free when the host takes the model back.
+                del model
     if config.trial and outcome is Outcome.DONE:
         sink(Notice(text=trial.forecast(*full, job.measured)))
     finished = Finished(

@@ -137,7 +137,7 @@ def _assemble(
     device, trainables = model.facts.device, working.trainables
     scaler = LossScaler(device, enabled=network.precision.compute == torch.float16)
     optimizer = FlatAdamW(trainables, AdamWSettings(weight_decay=config.weight_decay))
-    captures = Captures(device, enabled=tier.captured)
+    captures = Captures(device, enabled=tier.captured, deterministic=config.deterministic)
     loss = torch.zeros((), device=device)
     return Segment(
         model=model,
@@ -149,6 +149,8 @@ def _assemble(
         scaler=scaler,
         captures=captures,
         forward_backward=ForwardBackward(network, scaler, loss, working=working, captures=captures),
-        update=Update(working, optimizer, scaler, loss, max_grad_norm=config.max_grad_norm),
+        update=Update(
+            working, optimizer, scaler=scaler, loss=loss, captures=captures, max_grad_norm=config.max_grad_norm
+        ),
         tier=tier,
     )

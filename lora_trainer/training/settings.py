@@ -9,15 +9,24 @@ import torch
 
 
 @contextmanager
-def torch_settings(cpu_threads: int | None, *, deterministic: bool = False) -> Iterator[None]:
-    """`cpu_threads` for the run (None leaves them), cuDNN's fastest or its repeatable algorithms; then as before."""
-    threads, cudnn = torch.get_num_threads(), torch.backends.cudnn
-    before = cudnn.benchmark, cudnn.deterministic
+def torch_settings(cpu_threads: int | None) -> Iterator[None]:
+    """`cpu_threads` for the run (None leaves them); restored afterwards."""
+    before = torch.get_num_threads()
     try:
-        cudnn.benchmark, cudnn.deterministic = not deterministic, deterministic
         if cpu_threads is not None:
             torch.set_num_threads(cpu_threads)
         yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def cudnn_settings(*, deterministic: bool) -> Iterator[None]:
+    """cuDNN's fastest or its repeatable algorithms; restored afterwards, so that others draw as they always do."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.deterministic
+    try:
+        cudnn.benchmark, cudnn.deterministic = not deterministic, deterministic
+        yield
+    finally:
         cudnn.benchmark, cudnn.deterministic = before

@@ -136,14 +136,21 @@ class Update:
     """
 
     def __init__(
-        self, working: WorkingCopy, optimizer: Optimizer, scaler: LossScaler, loss: Tensor, *, max_grad_norm: float
+        self,
+        working: WorkingCopy,
+        optimizer: Optimizer,
+        *,
+        scaler: LossScaler,
+        loss: Tensor,
+        captures: Captures,
+        max_grad_norm: float,
     ) -> None:
         self.working, self.optimizer, self.scaler, self.loss = working, optimizer, scaler, loss
-        self.max_grad_norm = max_grad_norm
+        self.captures, self.max_grad_norm = captures, max_grad_norm
         self.result = torch.zeros(3, device=loss.device)
 
-    def __call__(self, captures: Captures) -> None:
-        captures.run("update", self._compute)
+    def __call__(self) -> None:
+        self.captures.run("update", self._compute)
 
     def _compute(self) -> None:
         grads = self.working.trainables.grads

@@ -55,6 +55,8 @@ _HELP = {
     "lora_rank": "What it can hold. 4 to 16 for a style.",
     "batch_size": "Pictures at once; less saves memory.",
     "resolution": "In pixels; the model's own when empty.",
+    "gradient_accumulation_steps": "Batches added up for one step, as if the batch size were that many times larger.",
+    "log_with": "The run's folder keeps them as CSV, and for TensorBoard if asked.",
 }
 
 _AUTOMATIC = ("output_name", "resolution", "lora_alpha")

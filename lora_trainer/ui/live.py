@@ -46,7 +46,7 @@ def panel(job: JobView | None, *, stopping: Collection[str] = ()) -> str:
     """Where the job stands: state, bar, curve, numbers, and what went wrong."""
     if job is None:
         return '<div class="lt-panel lt-empty">Name a folder of pictures and press Train.<br>Progress shows here.</div>'
-    parts = [_head(job, stopping), _bar(job), _error(job), _curve(job), _numbers(job)]
+    parts = [_head(job, stopping), _bar(job, stopping), _error(job), _curve(job), _numbers(job)]
     return f'<div class="lt-panel">{"".join(parts)}</div>'
 
 
@@ -117,7 +117,7 @@ def _head(job: JobView, stopping: Collection[str]) -> str:
     )
 
 
-def _bar(job: JobView) -> str:
+def _bar(job: JobView, stopping: Collection[str]) -> str:
     if not job.step and job.state not in RUNNING:
         return ""
     percent = 100 * _share(job)
@@ -127,7 +127,8 @@ def _bar(job: JobView) -> str:
     # Under "Stop after steps" the last epoch is never reached.
     known = job.epochs and not job.settings.get("max_train_steps")
     epochs = f"epoch {job.epoch}" + (f" of {job.epochs}" if known else "") if job.epoch else ""
-    left = f"{duration(job.eta)} left" if job.eta is not None and job.state == "training" else ""
+    goes_on = job.state == "training" and job.id not in stopping
+    left = f"{duration(job.eta)} left" if job.eta is not None and goes_on else ""
     words = " · ".join(word for word in (steps, epochs) if word)
     return (
         f'<div class="lt-bar{waiting}" role="progressbar" aria-valuemin="0" aria-valuemax="100" '

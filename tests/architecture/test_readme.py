@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+import install
+from lora_trainer.api.routes import PREFIX, ROUTES
 from lora_trainer.cli import _parser, _train, config_of
 from lora_trainer.config import build, output_name_of
 
@@ -38,3 +41,17 @@ def test_there_are_commands_and_files():
     assert len(COMMANDS) >= 5
     for target in re.findall(r"\]\(([\w./-]+)\)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_the_api_is_described_as_it_is():
+    described = set(re.findall(rf"^\| `(GET|POST) {PREFIX}([\w/{{}}]+)` \|", README, re.MULTILINE))
+    assert described == {(method, path) for method, path, _ in ROUTES}
+    (body,) = re.findall(r"^ +-d '(.+)'$", README, re.MULTILINE)
+    build({"base_model": "the loaded one", "output_dir": "runs"}, json.loads(body))
+
+
+def test_what_install_adds_is_named():
+    added = README[README.index("`install.py` adds") : README.index("A package that is there")]
+    for package in install.PACKAGES:
+        assert package.name in added
+        assert package.needed_by or f"{package.name} {package.version}" in added

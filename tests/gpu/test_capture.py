@@ -35,7 +35,7 @@ def steps(model, count, *, work=WORK, lr=1e-3, captured=True, **changes):
             segment.trainables.set_learning_rate(lr)
             for batch in batches:
                 segment.forward_backward(batch)
-            segment.update(segment.captures)
+            segment.update()
         segment.trainables.verify_views()
         graphs = segment.captures.count
         learned = [f.up.flatten(1) @ f.down.flatten(1) for f in segment.adapter.factors().values()]
@@ -91,7 +91,7 @@ def test_no_step_waits_for_the_device(model):
             try:
                 segment.trainables.set_learning_rate(1e-4)
                 segment.forward_backward(batch)
-                segment.update(segment.captures)
+                segment.update()
             finally:
                 if number == 5:
                     torch.cuda.set_sync_debug_mode("default")

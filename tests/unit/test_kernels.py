@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 
 import pytest
 import torch
@@ -21,9 +20,6 @@ DEVICE = "cuda" if CUDA else "cpu"
 def triton_ops():
     if importlib.util.find_spec("triton") is None:
         pytest.skip("no triton here")
-    if not CUDA:
-        # Read when the kernels are defined.
-        os.environ["TRITON_INTERPRET"] = "1"
     from lora_trainer.kernels.triton_ops import TritonOps
 
     return TritonOps()

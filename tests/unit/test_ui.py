@@ -416,6 +416,7 @@ def test_a_job_told_to_stop_says_so_until_it_ended():
     shown = page(host, screen)
     assert "Stopping" in shown["panel"]
     assert "saves what it has learned" in shown["panel"]
+    assert " left</span>" not in shown["panel"]
     assert "Stopping" in shown["jobs"]
     assert 'data-lora-trainer-stop="j1"' not in shown["jobs"]
     assert shown["stop"] == {"interactive": False}

@@ -276,7 +276,8 @@ def test_reload_ui_is_no_interrupt(ui, webui_settings):
     assert ui.state.server_command == "restart"
 
 
-def test_the_progress_bar_shows_the_job_again_after_others(ui, webui_settings):
+def test_the_progress_bar_shows_the_job_again_after_others(ui, webui_settings, monkeypatch):
+    monkeypatch.setattr("lora_trainer.training.results.READ_EVERY_SECONDS", 60)
     shown = []
 
     def look(kind, number) -> None:

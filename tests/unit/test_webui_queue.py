@@ -54,7 +54,7 @@ class Visitor:
                 time.sleep(STEP / 2)
 
 
-def train_until(lease, job, visitors, seconds=4.0) -> None:
+def train_until(lease, job, visitors, seconds=30.0) -> None:
     deadline = time.monotonic() + seconds
     with lease.hold():
         while any(visitor.thread.is_alive() for visitor in visitors):

@@ -31,6 +31,8 @@ FLAGS = (
     "--skip-version-check",
     "--skip-prepare-environment",
 )
+# Passive threads, since spinning ones stall each other where other processes use the cores too.
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "COMMANDLINE_ARGS": "", "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}
 WORLD = "emoji-world"
 TINY = {"width": 128, "height": 128, "steps": 4, "cfg_scale": 4, "seed": 7, "sampler_name": "DPM++ 2M"}
 
@@ -59,7 +61,7 @@ class WebUI:
         self.process = subprocess.Popen(
             [python, "launch.py", "--data-dir", str(self.data), "--port", str(self.port), *FLAGS, *self.arguments],
             cwd=folder,
-            env=os.environ | {"HF_HUB_OFFLINE": "1", "COMMANDLINE_ARGS": "", "OMP_NUM_THREADS": "2"},
+            env=os.environ | ENVIRONMENT,
             stdout=log,
             stderr=subprocess.STDOUT,
         )

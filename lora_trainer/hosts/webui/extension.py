@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 import time
 from collections.abc import Callable, Mapping
@@ -17,6 +18,7 @@ from lora_trainer.errors import DataError
 from lora_trainer.events import EventSink, Finished
 from lora_trainer.hosts.roots import Roots
 from lora_trainer.hosts.webui.interrupt import watch_reloads
+from lora_trainer.hosts.webui.merged import make_known
 from lora_trainer.hosts.webui.store import lora_dir
 from lora_trainer.jobs.service import JobService
 from lora_trainer.jobs.view import JobView
@@ -67,6 +69,16 @@ class Extension:
         words = str(job.settings.get("trigger_words") or "")
         name = job.name or output_name_of(build(job.settings))
         return " ".join(filter(None, (words, f"<lora:{name}:{weight:g}>")))
+
+    def grid(self, job: JobView) -> str | None:
+        files = [Path(path) for path in job.output if path.endswith(".safetensors") and Path(path).is_file()]
+        if len(files) < 2 or not make_known(files):
+            return None
+        tags = [f"<lora:{file.stem}:0.8>" for file in files]
+        words = str(job.settings.get("trigger_words") or "")
+        prompt = " ".join(filter(None, (words, tags[0])))
+        # The WebUI takes a last line as settings from three of them on.
+        return f"{prompt}\nScript: X/Y/Z plot, X Type: Prompt S/R, X Values: {json.dumps(', '.join(tags))}"
 
     def send_to_txt2img(self, button: Any, text: Any) -> None:
         infotext_utils.register_paste_params_button(

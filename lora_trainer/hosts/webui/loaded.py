@@ -60,9 +60,9 @@ class LoadedModel:
         if unmerge(sd_model):
             self.sink(Notice(text="the LoRAs of the last prompt are taken out of the model for the training"))
         with _on_device(sd_model):
-            model = view_of(sd_model, self.config)
             self._lent = Fingerprint.of(sd_model)
-            yield model
+            # No name for the view here: it goes when the run lets go of it, before the GPU's memory is given back.
+            yield view_of(sd_model, self.config)
 
     def still_ours(self) -> bool:
         """After others have used the WebUI: their LoRAs taken out again, whether the model is as it was lent."""

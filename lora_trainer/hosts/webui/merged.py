@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -27,6 +29,18 @@ def unmerge(sd_model: Any) -> bool:
     with torch.no_grad():
         for module in merged:
             networks.network_apply_weights(module)
+    return True
+
+
+def make_known(files: Iterable[Path]) -> bool:
+    """Let prompts name LoRAs that lie outside the Lora folder, until the list is refreshed; whether they now do."""
+    networks, network = lora_extension(), sys.modules.get("network")
+    if networks is None or network is None:
+        return False
+    for file in files:
+        if file.stem not in networks.available_network_aliases:
+            found = network.NetworkOnDisk(file.stem, str(file))
+            networks.available_networks[file.stem] = networks.available_network_aliases[file.stem] = found
     return True
 
 

@@ -15,7 +15,6 @@ from lora_trainer.errors import ConfigError, OutputError
 from lora_trainer.events import EventSink, Notice
 from lora_trainer.hosts.webui.merged import lora_extension
 from lora_trainer.models.checkpoint import read_header
-from lora_trainer.training.output import DIFFUSERS_FILE
 
 LORA = ".safetensors"
 
@@ -43,6 +42,9 @@ class LoraFolder:
     def publish(self, file: str, data: bytes, *, final: bool) -> Path:
         """A finished LoRA reaches the Lora folder when the WebUI's own loader knows all of its modules; else it stays
         in the run's folder. Raises OutputError."""
+        # Late, so that start-up does not pay for diffusers and peft.
+        from lora_trainer.training.output import DIFFUSERS_FILE
+
         mine = self.folder / file
         publish(data, mine)
         if not final or not file.endswith(LORA) or file == DIFFUSERS_FILE:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from modules import shared
+from modules import devices, shared
+from modules.call_queue import queue_lock
 
 from lora_trainer.config import Config
 from lora_trainer.events import AnyEvent, EventSink, Finished, Progress, StepDone
@@ -29,11 +32,27 @@ def train(config: Config, sink: EventSink, stop: Callable[[], bool]) -> Finished
         models = LoadedModel(config, events)
         lease = QueueLease(models.still_ours, models.give_back)
         host = Host(models, lease, LoraFolder(folder, config.overwrite, events), Txt2Img(folder, lease.disturb))
-        finished = run(config, host, events, stop=lambda: stop() or (lease.held and interrupted()))
+        with freed_after_errors():
+            finished = run(config, host, events, stop=lambda: stop() or (lease.held and interrupted()))
         for lora in map(Path, finished.output):
             if lora.is_relative_to(lora_dir()):
                 write_card(lora, config, folder)
         return finished
+
+
+@contextmanager
+def freed_after_errors() -> Iterator[None]:
+    """What the frames of a failed run hold on the GPU is given back before anybody draws again."""
+    try:
+        yield
+    except Exception as error:
+        link: BaseException | None = error
+        while link is not None:
+            traceback.clear_frames(link.__traceback__)
+            link = link.__cause__ or link.__context__
+        with queue_lock:
+            devices.torch_gc()
+        raise
 
 
 def mirror(event: AnyEvent) -> None:

@@ -1,0 +1,40 @@
+"""The extension as the tab sees it, in the WebUI's stand-in."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from lora_trainer.ui.ports import TabHost
+
+
+@pytest.fixture
+def extension(fake_webui):
+    return fake_webui.host("extension").Extension()
+
+
+def test_it_has_all_that_the_tab_asks_for(extension):
+    asked = [name for name in vars(TabHost) if not name.startswith("_")]
+    assert "grid" in asked
+    assert [name for name in asked if not hasattr(type(extension), name) and not hasattr(extension, name)] == []
+
+
+def test_saved_steps_are_compared_where_prompts_can_name_them(extension, fake_webui, tmp_path):
+    networks = sys.modules["networks"]
+    files = []
+    for name in ("style", "style-step00000100"):
+        files.append(tmp_path / f"{name}.safetensors")
+        files[-1].write_bytes((2).to_bytes(8, "little") + b"{}")
+    job = SimpleNamespace(
+        name="style", output=(*map(str, files), str(tmp_path / "a.png")), settings={"trigger_words": "sks"}
+    )
+    lines = extension.grid(job).splitlines()
+    assert lines[0] == "sks <lora:style:0.8>"
+    assert lines[1].startswith("Script: X/Y/Z plot, X Type: Prompt S/R")
+    assert "<lora:style-step00000100:0.8>" in lines[1]
+    for file in files:
+        assert networks.available_network_aliases[file.stem].filename == str(file)
+    files[1].unlink()
+    assert extension.grid(job) is None
