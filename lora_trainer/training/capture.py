@@ -42,8 +42,8 @@ class Captures:
         self._graphs[part].replay()
 
     def release(self) -> None:
-        """Free the graphs and the memory they hold; what they computed stays."""
-        if not self._graphs:
+        """Free the graphs, the memory they hold and that of cuBLAS; what they computed stays."""
+        if self.device.type != "cuda":
             return
         torch.cuda.synchronize(self.device)
         for graph in self._graphs.values():
@@ -51,6 +51,8 @@ class Captures:
         self._graphs.clear()
         self._warm.clear()
         self._pool = None
+        # One workspace for each stream that ever multiplied matrices; made again when needed.
+        getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)()
         torch.cuda.empty_cache()
 
     def _capture(self, part: Hashable, body: Callable[[], None]) -> bool:

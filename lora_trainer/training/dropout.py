@@ -55,7 +55,7 @@ class LoraDropout:
     def __init__(self, downs: Mapping[str, nn.Module], dropout: float, dtype: torch.dtype = torch.float32) -> None:
         self.dropout, self.dtype = dropout, dtype
         self._sizes: dict[tuple, dict[str, int]] = {}
-        self._recording: tuple[int, dict[str, int]] | None = None
+        self._recording: tuple[Tensor, dict[str, int]] | None = None
         self._masks: _Masks | None = None
         self._handles = [
             layer.register_forward_hook(lambda module, args, out, name=name: self._hook(name, out))
@@ -63,9 +63,12 @@ class LoraDropout:
         ]
 
     @contextmanager
-    def recording(self, shape: tuple) -> Iterator[None]:
-        """Run one forward pass of a batch of this `shape` (B first) inside, to learn the size of each module's mask."""
-        self._recording = shape[0], self._sizes.setdefault(shape, {})
+    def recording(self, shape: tuple, keys: Tensor) -> Iterator[None]:
+        """Run one forward pass of a batch of this `shape` (B first) inside, to learn the size of each module's mask.
+
+        What it computes is of no use: every module draws from the start of the sequence of `keys`.
+        """
+        self._recording = keys, self._sizes.setdefault(shape, {})
         try:
             yield
         finally:
@@ -90,8 +93,10 @@ class LoraDropout:
     def draw(self, name: str, rank: int, rows: int) -> Draw | None:
         """The mask of a fused product [rows, rank] of module `name`; None where dropout is off."""
         if self._recording is not None:
-            batch, sizes = self._recording
-            sizes[name] = rows // batch * rank
+            keys, sizes = self._recording
+            sizes[name] = rows // len(keys) * rank
+            # The kernels of a step, not of one without dropout, are what is to be compiled and warm.
+            return Draw(keys, 0, self.dropout, lambda: torch.ones((), dtype=self.dtype, device=keys.device))
         masks = self._masks
         if masks is None:
             return None
@@ -107,8 +112,8 @@ class LoraDropout:
 
     def _hook(self, name: str, out: Tensor) -> Tensor | None:
         if self._recording is not None:
-            batch, sizes = self._recording
-            sizes[name] = out.numel() // batch
+            keys, sizes = self._recording
+            sizes[name] = out.numel() // len(keys)
         if self._masks is None:
             return None
         mask = self._masks.of(name)

@@ -115,7 +115,7 @@ class ForwardBackward:
         static = self.buffers[shape]
         static.copy_(batch)
         if not self.network.dropout.knows(shape):
-            with torch.no_grad(), self.network.dropout.recording(shape):
+            with torch.no_grad(), self.network.dropout.recording(shape, static.mask_keys):
                 self.network.losses(static)
         self.captures.run(shape, lambda: self._compute(static))
 

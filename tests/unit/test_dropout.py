@@ -30,7 +30,7 @@ def gradients(net, drop, x, keys, run=lambda f, x: f(x)):
     net.zero_grad()
     shape = tuple(x.shape)
     if not drop.knows(shape):
-        with torch.no_grad(), drop.recording(shape):
+        with torch.no_grad(), drop.recording(shape, keys):
             net(x)
     with drop.masks(shape, keys):
         run(net, x).backward()
