@@ -20,15 +20,10 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 WORK = Workload(batch=2, resolution=256, dropout=0.1)
 
 
-@pytest.fixture(scope="module")
-def model():
-    return model_of(WORK)
-
-
-def steps(model, count, *, work=WORK, lr=1e-3, captured=True, **changes):
+def steps(count, *, work=WORK, lr=1e-3, captured=True, **changes):
     """What `count` steps learn: the product B A of each module, and the segment's captures."""
     feed = RandomFeed(work).stream(0, pinned=True)
-    with torch_settings(None), segments.open_segment(config_of(work, **changes), model, None) as segment:
+    with torch_settings(None), segments.open_segment(config_of(work, **changes), model_of(work), None) as segment:
         segment.captures.enabled &= captured
         for _ in range(count):
             _, batches = next(feed)
@@ -59,31 +54,31 @@ def ordinary(monkeypatch):
     monkeypatch.setattr(segments, "choose_tier", choose)
 
 
-def test_fifty_captured_steps_differ_from_ordinary_ones_as_those_do_from_each_other(model, monkeypatch):
-    fast, graphs = steps(model, 50)
+def test_fifty_captured_steps_differ_from_ordinary_ones_as_those_do_from_each_other(monkeypatch):
+    fast, graphs = steps(50)
     assert graphs == 2
     ordinary(monkeypatch)
-    one, other = steps(model, 50)[0], steps(model, 50)[0]
+    one, other = steps(50)[0], steps(50)[0]
     print(f"fast against ordinary {apart(fast, one):.2e}, ordinary against itself {apart(other, one):.2e}")
     assert apart(fast, one) <= max(2 * apart(other, one), 5e-3)
 
 
-def test_checkpointing_dropout_and_capture_together_change_nothing(model):
-    plain = steps(model, 4, captured=False)[0]
+def test_checkpointing_dropout_and_capture_together_change_nothing():
+    plain = steps(4, captured=False)[0]
     for changes in ({}, {"gradient_checkpointing": True}):
-        got, graphs = steps(model, 4, **changes)
+        got, graphs = steps(4, **changes)
         assert graphs == 2
         assert apart(got, plain) < 5e-3, changes
 
 
-def test_deterministic_runs_are_equal_bit_by_bit(model):
-    first, second = (steps(model, 4, deterministic=True)[0] for _ in range(2))
+def test_deterministic_runs_are_equal_bit_by_bit():
+    first, second = (steps(4, deterministic=True)[0] for _ in range(2))
     assert torch.equal(first, second)
 
 
-def test_no_step_waits_for_the_device(model):
+def test_no_step_waits_for_the_device():
     feed = RandomFeed(WORK).stream(0, pinned=True)
-    with torch_settings(None), segments.open_segment(config_of(WORK), model, None) as segment:
+    with torch_settings(None), segments.open_segment(config_of(WORK), model_of(WORK), None) as segment:
         for number in range(6):
             _, (batch,) = next(feed)
             if number == 3:
@@ -97,7 +92,8 @@ def test_no_step_waits_for_the_device(model):
                     torch.cuda.set_sync_debug_mode("default")
 
 
-def test_memory_short_at_a_capture_is_told_and_leaves_nothing_behind(model):
+def test_memory_short_at_a_capture_is_told_and_leaves_nothing_behind():
+    model = model_of(WORK)
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
     with torch_settings(None), segments.open_segment(config_of(WORK), model, None) as segment:

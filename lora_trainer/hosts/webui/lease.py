@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,6 +43,8 @@ class QueueLease:
                     self.give_back()
                 finally:
                     shared.state.end()
+                    # What an error left behind lies in cycles that hold GPU memory.
+                    gc.collect()
                     devices.torch_gc()
 
     def hand_over(self, make_room: Callable[[], object] = lambda: None) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -50,6 +51,7 @@ def freed_after_errors() -> Iterator[None]:
         while link is not None:
             traceback.clear_frames(link.__traceback__)
             link = link.__cause__ or link.__context__
+        gc.collect()
         with queue_lock:
             devices.torch_gc()
         raise
