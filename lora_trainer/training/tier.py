@@ -42,5 +42,6 @@ def choose_tier(config: Config, model: Model, precision: Precision) -> Tier:
     layout = torch.channels_last if last else torch.contiguous_format
     kernels = {conv: conv.weight.detach().to(precision.compute, memory_format=layout) for conv in convs if last}
     words = f"channels-last, {size / 1e9:.2f} GB of weights copied for it" if last else "no copies of weights (NCHW)"
-    told = [f"step: {ops.name}, captured as a CUDA graph, {words}"]
+    compiled = "" if ops.collects else "; its kernels are compiled at their first use, about a minute, and kept"
+    told = [f"step: {ops.name}, captured as a CUDA graph, {words}{compiled}"]
     return Tier(ops, True, layout, kernels, tuple(told + ([reason] if reason else [])))
