@@ -101,6 +101,18 @@ def test_a_preview_is_the_users_own_txt2img_from_the_saved_file(webui, trained):
     assert not [name for name in known if "preview" in name]
 
 
+def test_saved_steps_are_compared_in_a_grid(webui, trained):
+    infotext = webui.run(
+        "from lora_trainer.hosts.webui.extension import extension\n"
+        f"result = extension().grid(extension().jobs.job({trained['id']!r}))"
+    )
+    assert "X/Y/Z plot" in infotext
+    tags = [f"<lora:first-step{step:08}:1>" for step in (5, 10)]
+    assert all(tag.replace(":1>", ":0.8>") in infotext for tag in tags)
+    drawn = {webui.picture(f"noto emoji of red apple {tag}") for tag in ("", *tags, LORA)}
+    assert len(drawn) == 4
+
+
 def test_a_finished_job_leaves_the_model_as_it_was(webui, clean):
     assert as_before(webui, clean)
 
