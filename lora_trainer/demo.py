@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from lora_trainer.adapters.writer import publish
 from lora_trainer.config import Config, build
 from lora_trainer.config.sources import read_file
 from lora_trainer.dataset.images import load_image
@@ -18,6 +17,7 @@ from lora_trainer.dataset.prepare import Sample
 from lora_trainer.draw import save_picture
 from lora_trainer.errors import DataError
 from lora_trainer.events import AnyEvent, EventSink, Finished, Notice, Progress, Saved, StepDone
+from lora_trainer.files import publish
 from lora_trainer.hosts.standalone import device_of, open_model, train
 from lora_trainer.models.model import Model
 from lora_trainer.sampling import Recipe, apply_lora, generate

@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 
 from lora_trainer.adapters.hashes import checkpoint_hashes
-from lora_trainer.adapters.writer import publish
 from lora_trainer.config import Config
 from lora_trainer.errors import ConfigError
 from lora_trainer.events import EventSink, Finished
+from lora_trainer.files import publish
 from lora_trainer.hosts.ports import Host
 from lora_trainer.logs import CsvLog, TensorBoardLog, fan_out
 from lora_trainer.models.checkpoint import FileIdentity

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_trainer.adapters import writer
+from lora_trainer import files
 from lora_trainer.adapters.load import read_lora
 from lora_trainer.cli import main
 from lora_trainer.config import build
@@ -209,7 +209,7 @@ def test_a_full_disk_leaves_nothing_half_written(settings, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writer.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(OutputError, match=r"tiny\.safetensors: not written: the disk is full"):
         train(settings)
     assert list(Path(settings["output_dir"]).rglob("*")) == []

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from lora_trainer.adapters import writer
+from lora_trainer import files
 from lora_trainer.config import build
 from lora_trainer.errors import ConfigError, OutputError
 from tests.fake_webui.loras import LAYERS, add_lora, lora_bytes
@@ -167,7 +167,7 @@ def test_a_file_in_use_is_not_replaced_but_the_new_one_gets_another_name(store, 
             raise PermissionError(13, "Access is denied")
         replace(source, target)
 
-    monkeypatch.setattr(writer.os, "replace", locked)
+    monkeypatch.setattr(files.os, "replace", locked)
     published = store(overwrite=True).publish("style.safetensors", lora_bytes(seed=2), final=True)
     assert published == fake_webui.loras / "style-3.safetensors"
     assert (path.read_bytes(), published.read_bytes()) == (lora_bytes(seed=1), lora_bytes(seed=2))
@@ -184,7 +184,7 @@ def test_a_folder_that_cannot_be_written_is_an_error(store, fake_webui, folder, 
             raise PermissionError(13, "Access is denied")
         replace(source, target)
 
-    monkeypatch.setattr(writer.os, "replace", locked)
+    monkeypatch.setattr(files.os, "replace", locked)
     with pytest.raises(OutputError, match="not written"):
         store().publish("style.safetensors", lora_bytes(), final=True)
     assert names(fake_webui.loras) == []

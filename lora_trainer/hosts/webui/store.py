@@ -10,9 +10,9 @@ from typing import Any
 
 from modules import shared
 
-from lora_trainer.adapters.writer import publish
 from lora_trainer.errors import ConfigError, OutputError
 from lora_trainer.events import EventSink, Notice
+from lora_trainer.files import publish
 from lora_trainer.hosts.webui.merged import lora_extension
 from lora_trainer.models.checkpoint import read_header
 
