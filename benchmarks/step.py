@@ -22,6 +22,7 @@ from benchmarks.workload import LEARNING_RATE, Workload, samples
 from lora_trainer.config import Config, build
 from lora_trainer.models.model import CheckpointHashes, Model, ModelFacts
 from lora_trainer.models.noise import NoiseSchedule, scaled_linear
+from lora_trainer.training.control import StopOnly
 from lora_trainer.training.fit import Loop, fit
 from lora_trainer.training.results import Results
 from lora_trainer.training.segment import Segment, open_segment
@@ -107,7 +108,7 @@ def measure(work: Workload, *, profiled: bool = False, **changes: object) -> dic
         results = Results(segment.update.result, steps, lambda event: None, window=10)
         boundary = SimpleNamespace(due=lambda step: False)
         loop = Loop(RandomFeed(work), segment, lambda step: LEARNING_RATE, boundary, results)
-        fit(loop, first_step=0, lease=clock, stop=lambda: False)
+        fit(loop, first_step=0, lease=clock, control=StopOnly())
         report = spread(gaps([*clock.stamps, time.perf_counter()][work.warmup :]))
         report |= {
             "first_step_s": round(clock.stamps[0] - began, 2),

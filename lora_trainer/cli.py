@@ -61,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     train = add("train", _train, "Train a LoRA. Options of the config go as key=value or --key value.")
     train.add_argument("--config", type=Path, help="a .yaml or .json file, or a LoRA whose run is repeated")
     train.add_argument("--json", action="store_true", help="end with one line of JSON on standard output")
+    train.add_argument("--resume", action="store_true", help="go on with the run in output_dir, or start it")
     demo = add("demo", _demo, "Train on the bundled pictures and draw what changed.")
     demo.add_argument("--out", type=Path, default=Path("demo-output"))
     demo.add_argument("--json", action="store_true", help="end with one line of JSON on standard output")
@@ -93,7 +94,7 @@ def _train(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     config = config_of(arguments.config, overrides)
     from lora_trainer.hosts.standalone import train
 
-    return _finish(train(config, TerminalLog()), arguments.json)
+    return _finish(train(config, TerminalLog(), resumes=arguments.resume), arguments.json)
 
 
 def _demo(arguments: argparse.Namespace, _: Sequence[str]) -> int:

@@ -161,6 +161,14 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         "fp16"
     )
     save_steps: Annotated[int, _about(OUTPUT, "Also save every so many steps; 0: only at the end.", ge=0)] = 0
+    checkpoint_every: Annotated[
+        int,
+        _about(
+            OUTPUT,
+            "Keep a full state to resume from every so many steps, in OUTPUT_DIR/state; 0: only at a pause or the end.",
+            ge=0,
+        ),
+    ] = 100
     overwrite: Annotated[
         bool, _about(OUTPUT, "Replace a LoRA of the same name; otherwise the new one gets a number.")
     ] = False

@@ -28,12 +28,24 @@ def encode(vae: AutoencoderKL, pixels: Tensor, noise: Tensor) -> Tensor:
     """[B, 3, H, W] pixels to scaled latents [B, 4, H/8, W/8] float32.
 
     `noise` (shape of the latents, float32) picks the sample of the posterior, so that equal seeds give equal
-    latents. Where a half-precision VAE overflows, as SDXL's does, a float32 copy of it is asked.
+    latents. Where a half-precision VAE overflows, as SDXL's does, a float32 copy of it is asked, and where the GPU has
+    too little memory, such a copy on the CPU.
     """
-    sample = _sample(vae, pixels, noise)
+    try:
+        sample = _sample(vae, pixels, noise)
+    except torch.cuda.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return _sample(_on_cpu(vae), pixels, noise) * vae.config.scaling_factor
     if not torch.isfinite(sample).all() and next(vae.parameters()).dtype != torch.float32:
         sample = _sample(deepcopy(vae).float(), pixels, noise)
     return sample * vae.config.scaling_factor
+
+
+def _on_cpu(vae: AutoencoderKL) -> AutoencoderKL:
+    """A float32 copy, made without taking any memory of the GPU."""
+    copy = type(vae).from_config(vae.config)
+    copy.load_state_dict({name: tensor.cpu().float() for name, tensor in vae.state_dict().items()})
+    return copy.eval()
 
 
 def _sample(vae: AutoencoderKL, pixels: Tensor, noise: Tensor) -> Tensor:

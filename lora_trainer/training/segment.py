@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -24,13 +24,14 @@ from lora_trainer.training.ladder import Plan
 from lora_trainer.training.objectives import mse
 from lora_trainer.training.optimizers import AdamWSettings, FlatAdamW, Optimizer
 from lora_trainer.training.precision import LossScaler, resolve
+from lora_trainer.training.snapshot import Snapshot, restore
 from lora_trainer.training.step import ForwardBackward, Network, Update
 from lora_trainer.training.tier import Tier, choose_tier
 from lora_trainer.training.trainables import Trainables
 from lora_trainer.training.working import WorkingCopy
 
-# What a segment hands to the next one: part, tensor name, tensor.
-State = dict[str, dict[str, Tensor]]
+# What a segment hands to the next one: `Snapshot.named`.
+State = Mapping[str, Tensor]
 # Free memory that a generation can be expected to need.
 ROOM = 6 * 1024**3
 
@@ -56,18 +57,18 @@ class Segment:
         """Scalars of the frozen network."""
         return sum(parameter.numel() for parameter in self.model.unet.parameters()) - self.trainables.count
 
-    def state(self) -> State:
-        """A copy of everything that training has changed."""
-        return {
-            "masters": self.trainables.state(),
-            "optimizer": self.optimizer.state(),
-            "scaler": self.scaler.state(),
-        }
+    def live(self) -> dict[str, Tensor]:
+        """Everything that training changes, by name: flat buffers as long as the masters, and scalars."""
+        parts = {"optimizer": self.optimizer.live(), "scaler": self.scaler.live()}
+        named = {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
+        return {"masters": self.trainables.masters, **named}
 
-    def load_state(self, state: State) -> None:
-        self.trainables.load_state(state["masters"])
-        self.optimizer.load_state(state["optimizer"])
-        self.scaler.load_state(state["scaler"])
+    def snapshot(self) -> Snapshot:
+        return Snapshot.of(self.live(), self.trainables.slots)
+
+    def restore(self, state: State) -> None:
+        """Go on from `Snapshot.named` of an earlier segment, of this process or another."""
+        restore(state, self.live(), self.trainables.slots)
         self.working.refresh()
 
     def make_room(self) -> None:
@@ -102,7 +103,7 @@ def open_segment(config: Config, model: Model, state: State | None, plan: Plan |
         segment = _assemble(config, model, adapter, network, working, tier)
         stack.callback(segment.captures.release)
         if state is not None:
-            segment.load_state(state)
+            segment.restore(state)
         yield segment
 
 

@@ -110,15 +110,6 @@ class Trainables:
             ):
                 raise RuntimeError(f"{slot.name} no longer is a view of the flat buffer")
 
-    def state(self) -> dict[str, Tensor]:
-        """A copy of what was learned, by parameter name."""
-        return {slot.name: self.of(self.masters, slot).clone() for slot in self.slots}
-
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take over `state()` of an earlier segment; names and shapes must match."""
-        for slot in self.slots:
-            self.of(self.masters, slot).copy_(state[slot.name])
-
     def _adopt(self, slot: Slot) -> None:
         view = self.of(self.masters, slot)
         view.copy_(getattr(slot.owner, slot.attribute).detach())

@@ -21,13 +21,14 @@ from lora_trainer.events import Finished, Notice, Saved, Started, StepDone, Vali
 from lora_trainer.hosts.ports import Host
 from lora_trainer.hosts.standalone import AloneLease, FileModels, FolderStore
 from lora_trainer.training import objectives, results
+from lora_trainer.training.control import StopOnly
 from lora_trainer.training.results import DivergedError
 from lora_trainer.training.run import run
 
 ROOT = Path(__file__).parents[2]
 
 
-def train(settings, *, lease=None, stop=lambda: False, models=None, **changes):
+def train(settings, *, lease=None, stop=lambda: False, models=None, resumes=False, **changes):
     """(events, bytes of the published file or None) of a run."""
     config = build(settings, changes)
     events: list = []
@@ -36,7 +37,7 @@ def train(settings, *, lease=None, stop=lambda: False, models=None, **changes):
         lease or AloneLease(),
         FolderStore(Path(config.output_dir), overwrite=True),
     )
-    finished = run(config, host, events.append, clock=lambda: 1.7e9, stop=stop)
+    finished = run(config, host, events.append, clock=lambda: 1.7e9, control=StopOnly(stop), resumes=resumes)
     assert finished == of(events, Finished)[-1]
     return events, Path(finished.output[0]).read_bytes() if finished.output else None
 

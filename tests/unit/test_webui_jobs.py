@@ -15,9 +15,11 @@ from safetensors import safe_open
 
 from lora_trainer.config import build
 from lora_trainer.events import Finished, Notice, Progress, Saved, StepDone
+from lora_trainer.training.control import StopOnly
 from tests.fake_webui.loras import add_lora
 
 STYLE = "a cat <lora:style:0.7>"
+RUNS = itertools.count(1)
 
 
 @pytest.fixture
@@ -45,6 +47,8 @@ def train(ui, settings, *, at=None, stop=lambda: False, **changes) -> list:
     "image" is encoded, and at the end of each "step"."""
     from lora_trainer.training.step import Update
 
+    # Each job has a folder of its own, else one would go on with the one before.
+    run = Path(settings["output_dir"]).parent / str(next(RUNS))
     events: list = []
     update, steps = Update.__call__, itertools.count(1)
 
@@ -59,7 +63,7 @@ def train(ui, settings, *, at=None, stop=lambda: False, **changes) -> list:
             at("step", next(steps))
 
     with patch.object(Update, "__call__", watched):
-        finished = ui.host("train").train(build(settings, changes), sink, stop)
+        finished = ui.host("train").train(build(settings, {"output_dir": str(run)}, changes), sink, StopOnly(stop))
     assert finished == events[-1]
     assert not ui.lock._lock.locked()
     return events
@@ -116,7 +120,7 @@ def test_a_finished_job(ui, webui_settings):
         "tiny.safetensors",
     ]
     run = Path(webui_settings["output_dir"])
-    assert sorted(p.name for p in run.iterdir()) == ["logs", "tiny-step00000002.safetensors", "tiny.yaml"]
+    assert sorted(p.name for p in run.iterdir()) == ["logs", "state", "tiny-step00000002.safetensors", "tiny.yaml"]
     assert json.loads((ui.loras / "tiny.json").read_text(encoding="utf-8"))["activation text"] == "tiny thing"
     assert any("192 of 192 modules" in notice.text for notice in of(events, Notice))
     with safe_open(ui.loras / "tiny.safetensors", "pt") as file:

@@ -55,38 +55,37 @@ def names(folder: Path) -> list[str]:
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_names_that_prompts_give_another_meaning_are_refused(store, name, overwrite):
     with pytest.raises(ConfigError, match="output_name"):
-        store(overwrite).claim(name)
+        store(overwrite).free(name)
 
 
-def test_a_free_name_is_kept_and_a_taken_one_numbered(store, own):
-    assert store().claim("style") == "style"
+def test_a_name_is_taken_in_any_case(store, own):
+    assert store().free("style")
     own("style")
-    assert store().claim("style") == "style-2"
-    assert store().claim("STYLE") == "STYLE-2"
-    own("style-2")
-    assert store().claim("style") == "style-3"
-    assert store(overwrite=True).claim("style") == "style"
+    assert not store().free("style")
+    assert not store().free("STYLE")
+    assert store().free("style-2")
+    assert store(overwrite=True).free("style")
 
 
 def test_names_are_taken_in_subfolders_too(store, own):
     own("people/style")
-    assert store().claim("style") == "style-2"
+    assert not store().free("style")
 
 
 def test_names_that_files_give_themselves_are_taken(store, own):
     own("renamed", ss_output_name="style")
-    assert store().claim("style") == "style-2"
+    assert not store().free("style")
 
 
 def test_an_alias_of_two_files_is_taken(store, own):
     own("one", ss_output_name="Style")
     own("two", ss_output_name="Style")
-    assert store().claim("style") == "style-2"
+    assert not store().free("style")
 
 
 def test_a_file_that_the_webui_has_not_seen_yet_is_not_overwritten(store, fake_webui):
     add_lora(fake_webui.loras, "style")
-    assert store().claim("style") == "style-2"
+    assert not store().free("style")
 
 
 def test_only_the_finished_lora_is_published(store, fake_webui, folder):
@@ -199,12 +198,12 @@ def test_without_the_lora_extension_files_are_published_unchecked(webui_checkpoi
     with installed(tmp_path / "webui", lora=False) as ui:
         assert "networks" not in sys.modules
         made = ui.host("store").LoraFolder(tmp_path / "run", False, lambda event: None)
-        assert made.claim("style") == "style"
+        assert made.free("style")
         assert made.publish("style.safetensors", b"data", final=True) == ui.loras / "style.safetensors"
-        assert made.claim("style") == "style-2"
+        assert not made.free("style")
         assert ui.host("merged").unmerge(ui.model) is False
         with pytest.raises(ConfigError):
-            made.claim("none")
+            made.free("none")
 
 
 def test_the_card_is_written_once_and_the_users_edits_stay(fake_webui, folder, pictures):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from lora_trainer.api import mount
 from lora_trainer.config import Config, build, output_name_of
 from lora_trainer.errors import DataError
 from lora_trainer.events import EventSink, Finished
+from lora_trainer.hosts.ports import Control
 from lora_trainer.hosts.roots import Roots
 from lora_trainer.hosts.webui.interrupt import watch_reloads
 from lora_trainer.hosts.webui.merged import make_known
@@ -90,11 +91,11 @@ class Extension:
         return Roots(folders, enforced=self.non_local)
 
 
-def work(_: str, config: Config, sink: EventSink, stop: Callable[[], bool]) -> Finished:
+def work(_: str, config: Config, sink: EventSink, control: Control) -> Finished:
     # Late, so that start-up does not pay for diffusers and peft.
     from lora_trainer.hosts.webui.train import train
 
-    return train(config, sink, stop)
+    return train(config, sink, control)
 
 
 @cache

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from modules import devices, lowvram, sd_models, sd_vae
 
 from lora_trainer.config import Config
@@ -15,9 +14,8 @@ from lora_trainer.errors import ModelError
 from lora_trainer.events import EventSink, Notice
 from lora_trainer.hosts.webui.merged import unmerge
 from lora_trainer.hosts.webui.view import view_of
+from lora_trainer.models.fingerprint import sampled
 from lora_trainer.models.model import Model
-
-_SAMPLES = 16
 
 
 @dataclass(frozen=True)
@@ -33,12 +31,11 @@ class Fingerprint:
     @classmethod
     def of(cls, sd_model: Any) -> Fingerprint:
         tensors = [parameter.detach() for parameter in sd_model.model.diffusion_model.parameters()]
-        picked = [t.flatten()[:: max(1, t.numel() // _SAMPLES)][:_SAMPLES].float() for t in tensors]
         return cls(
             checkpoint=sd_model.sd_checkpoint_info.filename,
             vae=sd_vae.loaded_vae_file,
             places=tuple(t.data_ptr() for t in tensors),
-            values=torch.cat(picked).cpu().numpy().tobytes(),
+            values=sampled(tensors),
         )
 
 
