@@ -9,7 +9,6 @@ import argparse
 import json
 import sys
 import tempfile
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from lora_trainer.config.sources import parse_overrides, read_file
 from lora_trainer.errors import UserError
 from lora_trainer.events import Finished
 from lora_trainer.logs import TerminalLog
+from lora_trainer.report import report
 
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 130
 
@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="lora-trainer", description="Train a LoRA from a folder of pictures.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"lora-trainer {__version__}")
-    parser.add_argument("--debug", action="store_true", help="print tracebacks")
+    parser.add_argument("--debug", action="store_true", help="print the details of a failure, with its traceback")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, command: object, text: str) -> argparse.ArgumentParser:
@@ -144,16 +144,16 @@ def _finish(finished: Finished, as_json: bool) -> int:
 
 
 def _report(error: Exception, debug: bool) -> str:
-    """Where the traceback went."""
-    text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    """Where the details went."""
+    text = report(error)
     if debug:
         print(text, file=sys.stderr)
-        return "traceback above"
+        return "details above"
     with tempfile.NamedTemporaryFile(
         "w", prefix="lora-trainer-", suffix=".log", delete=False, encoding="utf-8"
     ) as file:
         file.write(text)
-    return f"traceback in {file.name}"
+    return f"details for an issue in {file.name}"
 
 
 if __name__ == "__main__":

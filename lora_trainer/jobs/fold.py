@@ -25,11 +25,12 @@ _WORDS = {
 
 
 class Changed(msgspec.Struct, frozen=True, tag="changed"):
-    """A new state; `why` says more, for a failure what failed."""
+    """A new state; `why` says more, for a failure what failed, and `details` what an issue about it needs."""
 
     at: float
     state: State
     why: str | None = None
+    details: str | None = None
 
 
 class Told(msgspec.Struct, frozen=True, tag="told"):
@@ -59,6 +60,7 @@ def _change(view: JobView, line: Changed) -> JobView:
         state=line.state,
         stage=(line.why if line.state != "failed" else None) or _WORDS.get(line.state, view.stage),
         error=line.why if line.state == "failed" else None,
+        details=line.details,
         started=view.started or (line.at if line.state == "preparing" else None),
         finished=line.at if ended else None,
         eta=None if ended else view.eta,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from lora_trainer.jobs.fold import Changed, Told, fold
 from lora_trainer.jobs.states import ENDED, FOLLOWS, State
 from lora_trainer.jobs.store import Head, JobFolder, first_view, read_jobs
 from lora_trainer.jobs.view import JobView
+from lora_trainer.report import report
 
 # Runs a job, from where an earlier call left it.
 Work = Callable[[str, Config, EventSink, Control], Finished]
@@ -174,10 +174,9 @@ class JobService:
             config = build(job.view.settings)
             finished = self._work(job.view.id, config, lambda event: self._tell(job, event), job.control)
         except UserError as error:
-            self._enter(job, "failed", str(error))
+            self._fail(job, error, str(error))
         except Exception as error:
-            self._keep_traceback(job)
-            self._enter(job, "failed", f"{type(error).__name__}: {error}")
+            self._fail(job, error, f"{type(error).__name__}: {error}")
         else:
             self._enter(job, finished.state)
 
@@ -196,16 +195,12 @@ class JobService:
             job.flushed = line.at
         job.view = fold(job.view, line)
 
-    def _enter(self, job: _Job, state: State, why: str | None = None) -> None:
+    def _enter(self, job: _Job, state: State, why: str | None = None, details: str | None = None) -> None:
         if state not in FOLLOWS[job.view.state]:
             raise AssertionError(f"a job cannot go from {job.view.state} to {state}")
-        line = Changed(self._clock(), state, why)
+        line = Changed(self._clock(), state, why, details)
         job.folder.append(line, durable=True)
         job.view = fold(job.view, line)
 
-    def _keep_traceback(self, job: _Job) -> None:
-        text = traceback.format_exc()
-        try:
-            (job.folder.path / "error.log").write_text(text, encoding="utf-8")
-        except OSError:
-            print(text)
+    def _fail(self, job: _Job, error: Exception, why: str) -> None:
+        self._enter(job, "failed", why, report(error, job.view.settings, job.view.log))

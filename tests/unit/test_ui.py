@@ -44,6 +44,7 @@ IDLE = {
     "log": (),
     "output": (),
     "error": None,
+    "details": None,
     "settings": {},
 }
 HALFWAY = {
@@ -72,7 +73,15 @@ def job(**changes: object) -> SimpleNamespace:
 
 class FakeJobs:
     def __init__(self, *jobs: SimpleNamespace) -> None:
-        self.list, self.stopped = list(jobs), []
+        self.list, self.stopped, self.paused, self.continued = list(jobs), [], [], []
+
+    def pause(self, id: str) -> None:
+        self.paused.append(id)
+        self.job(id).state = "paused"
+
+    def go_on(self, id: str) -> None:
+        self.continued.append(id)
+        self.job(id).state = "queued"
 
     def jobs(self) -> list[SimpleNamespace]:
         return self.list
@@ -426,6 +435,37 @@ def test_a_job_told_to_stop_says_so_until_it_ended():
     assert "Stopping" not in page(host, handlers.look("j1", ""))["panel"]
     handlers.stop("j0", "")
     assert "before the first step" in page(host, handlers.look("j0", ""))["panel"]
+
+
+def test_one_button_pauses_and_goes_on():
+    running = job(**HALFWAY)
+    host = FakeHost(FakeJobs(running, job(id="f", state="failed"), job(id="d", state="done")))
+    handlers = Handlers(host, changes)
+    assert page(host, handlers.look("", ""))["pause"] == {"value": "Pause", "interactive": True}
+    assert page(host, handlers.pause("", ""))["pause"] == {"value": "Continue", "interactive": True}
+    assert page(host, handlers.pause("", ""))["pause"] == {"value": "Pause", "interactive": True}
+    assert page(host, handlers.look("f", ""))["pause"] == {"value": "Continue", "interactive": True}
+    assert page(host, handlers.look("d", ""))["pause"] == {"value": "Pause", "interactive": False}
+    handlers.pause("f", "")
+    handlers.pause("d", "")
+    assert (host.jobs.paused, host.jobs.continued) == (["j1"], ["j1", "f"])
+    Handlers(FakeHost(), changes).pause("", "")
+
+
+def test_a_paused_job_offers_the_lora_as_it_is_now():
+    paused = job(**HALFWAY | {"state": "paused", "output": ("a-1.safetensors", "a-2.safetensors")})
+    host = FakeHost(FakeJobs(paused))
+    shown = page(host, Handlers(host, changes).look("", ""))
+    assert shown["result"] == {"visible": True}
+    assert "a-2.safetensors" in shown["file"]["value"]
+
+
+def test_a_failure_has_details_to_paste():
+    host = FakeHost(FakeJobs(job(state="failed", error="the disk is full", details=f"LoRA Trainer 1 {EVIL}")))
+    panel = page(host, Handlers(host, changes).look("", ""))["panel"]
+    assert "Details for an issue" in panel
+    assert "LoRA Trainer 1" in panel
+    assert EVIL not in panel
 
 
 def test_every_answer_carries_its_own_time(tmp_path: Path):

@@ -68,8 +68,14 @@ class Extension:
 
     def prompt(self, job: JobView, weight: float = 0.8) -> str:
         words = str(job.settings.get("trigger_words") or "")
-        name = job.name or output_name_of(build(job.settings))
+        name = self._newest(job) or job.name or output_name_of(build(job.settings))
         return " ".join(filter(None, (words, f"<lora:{name}:{weight:g}>")))
+
+    def _newest(self, job: JobView) -> str | None:
+        """In a pause: the name under which prompts now know the LoRA as it is."""
+        files = [Path(path) for path in job.output[-1:] if path.endswith(".safetensors")]
+        known = job.state == "paused" and bool(files) and files[0].is_file() and make_known(files)
+        return files[0].stem if known else None
 
     def grid(self, job: JobView) -> str | None:
         files = [Path(path) for path in job.output if path.endswith(".safetensors") and Path(path).is_file()]
