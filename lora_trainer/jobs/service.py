@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import threading
 import time
@@ -12,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from lora_trainer.config import Config, build, output_name_of
-from lora_trainer.errors import DataError, UserError
+from lora_trainer.errors import DataError, OutputError, UserError
 from lora_trainer.events import AnyEvent, EventSink, Finished, Progress, Saving, StepDone
 from lora_trainer.hosts.ports import Control
 from lora_trainer.jobs.control import JobControl
@@ -25,6 +26,7 @@ from lora_trainer.report import report
 # Runs a job, from where an earlier call left it.
 Work = Callable[[str, Config, EventSink, Control], Finished]
 FLUSH_SECONDS = 1.0
+_LOGGER = logging.getLogger(__name__)
 INTERRUPTED = "interrupted when the WebUI closed; Continue goes on where it was"
 
 
@@ -140,10 +142,7 @@ class JobService:
         job.control.pause()
         if job.view.state == "paused":
             return
-        try:
-            self._enter(job, "paused", INTERRUPTED)
-        except UserError:
-            job.view = fold(job.view, Changed(self._clock(), "paused", INTERRUPTED))
+        self._enter(job, "paused", INTERRUPTED)
 
     def _run(self) -> None:
         while True:
@@ -154,9 +153,6 @@ class JobService:
                 job = self._next()
             try:
                 self._do(job)
-            except UserError as error:
-                # Its history could not be written; the next job may have more luck.
-                job.view = fold(job.view, Changed(self._clock(), "failed", str(error)))
             finally:
                 job.folder.close()
 
@@ -189,17 +185,23 @@ class JobService:
         if isinstance(event, Saving) and job.view.state != "saving":
             self._enter(job, "saving")
         line = Told(self._clock(), event)
-        job.folder.append(line, durable=False)
-        if not isinstance(event, (StepDone, Progress)) or line.at - job.flushed >= FLUSH_SECONDS:
-            job.folder.flush()
-            job.flushed = line.at
-        job.view = fold(job.view, line)
+        soon = not isinstance(event, (StepDone, Progress)) or line.at - job.flushed >= FLUSH_SECONDS
+        self._record(job, line, flush=soon)
+        job.flushed = line.at if soon else job.flushed
 
     def _enter(self, job: _Job, state: State, why: str | None = None, details: str | None = None) -> None:
         if state not in FOLLOWS[job.view.state]:
             raise AssertionError(f"a job cannot go from {job.view.state} to {state}")
-        line = Changed(self._clock(), state, why, details)
-        job.folder.append(line, durable=True)
+        self._record(job, Changed(self._clock(), state, why, details))
+
+    def _record(self, job: _Job, line: Changed | Told, *, flush: bool = True) -> None:
+        """On disk, then in the view. A job does not end because its history cannot be written."""
+        try:
+            job.folder.append(line, durable=isinstance(line, Changed))
+            if flush:
+                job.folder.flush()
+        except OutputError as error:
+            _LOGGER.warning("LoRA Trainer: %s", error)
         job.view = fold(job.view, line)
 
     def _fail(self, job: _Job, error: Exception, why: str) -> None:
