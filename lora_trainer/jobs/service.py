@@ -14,7 +14,7 @@ import msgspec
 
 from lora_trainer.config import Config, build, output_name_of
 from lora_trainer.errors import DataError, OutputError, UserError
-from lora_trainer.events import AnyEvent, EventSink, Finished, Progress, Saving, StepDone
+from lora_trainer.events import AnyEvent, EventSink, Finished, Progress, Saved, Saving, Started, StepDone, Validated
 from lora_trainer.hosts.ports import Control
 from lora_trainer.jobs.control import JobControl
 from lora_trainer.jobs.fold import Changed, Told, fold
@@ -25,6 +25,8 @@ from lora_trainer.report import report
 
 # Runs a job, from where an earlier call left it.
 Work = Callable[[str, Config, EventSink, Control], Finished]
+# What is on disk before it shows; the rest is telemetry, which comes again when a run goes on from before it.
+LIFECYCLE = (Started, Saved, Validated, Finished)
 FLUSH_SECONDS = 1.0
 _LOGGER = logging.getLogger(__name__)
 INTERRUPTED = "interrupted when the WebUI closed; Continue goes on where it was"
@@ -65,7 +67,11 @@ class JobService:
         settings: Mapping[str, object] = msgspec.structs.asdict(config)
         head = Head(f"{stamp}-{secrets.token_hex(3)}", output_name_of(config), created, dict(settings))
         job = self._job(first_view(head), JobFolder.create(self._folder, head))
-        job.folder.append(Changed(created, "queued", "waiting"), durable=True)
+        try:
+            job.folder.append(Changed(created, "queued", "waiting"), durable=True)
+        except OutputError:
+            job.folder.discard()
+            raise
         with self._changed:
             self._jobs[head.id] = job
             self._changed.notify_all()
@@ -197,7 +203,7 @@ class JobService:
     def _record(self, job: _Job, line: Changed | Told, *, flush: bool = True) -> None:
         """On disk, then in the view. A job does not end because its history cannot be written."""
         try:
-            job.folder.append(line, durable=isinstance(line, Changed))
+            job.folder.append(line, durable=isinstance(line, Changed) or isinstance(line.event, LIFECYCLE))
             if flush:
                 job.folder.flush()
         except OutputError as error:

@@ -10,7 +10,8 @@ from typing import BinaryIO
 
 import msgspec
 
-from lora_trainer.files import append, not_written, publish, sweep_folder
+from lora_trainer.errors import OutputError
+from lora_trainer.files import append, not_written, publish, remove, sweep_folder
 from lora_trainer.jobs.fold import Changed, Line, Told, fold
 from lora_trainer.jobs.view import JobView
 
@@ -36,7 +37,11 @@ class JobFolder:
     @classmethod
     def create(cls, parent: Path, head: Head) -> JobFolder:
         folder = cls(parent / head.id)
-        publish(msgspec.json.format(msgspec.json.encode(head)), folder.path / SETTINGS)
+        try:
+            publish(msgspec.json.format(msgspec.json.encode(head)), folder.path / SETTINGS)
+        except OutputError:
+            folder.discard()
+            raise
         return folder
 
     def append(self, line: Line, *, durable: bool) -> None:
@@ -48,7 +53,7 @@ class JobFolder:
                 append(self._file, b"\n", durable=False)
             append(self._file, msgspec.json.encode(line) + b"\n", durable=durable)
         except OSError as error:
-            self._file = None
+            self.close()
             raise not_written(self.path / EVENTS, error) from error
 
     def flush(self) -> None:
@@ -57,7 +62,7 @@ class JobFolder:
             if self._file is not None:
                 self._file.flush()
         except OSError as error:
-            self._file = None
+            self.close()
             raise not_written(self.path / EVENTS, error) from error
 
     def close(self) -> None:
@@ -66,6 +71,14 @@ class JobFolder:
             # What its buffer still holds is telemetry.
             with suppress(OSError):
                 file.close()
+
+    def discard(self) -> None:
+        """Of a job that was refused after all."""
+        self.close()
+        for name in (SETTINGS, EVENTS):
+            remove(self.path / name)
+        with suppress(OSError):
+            self.path.rmdir()
 
 
 def first_view(head: Head) -> JobView:
