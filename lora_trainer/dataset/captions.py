@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from lora_trainer.dataset.encodings import decode
-from lora_trainer.errors import DataError
+from lora_trainer.errors import DataError, printable
 
 FILE_COLUMNS = ("file_name", "filename", "file", "image", "image_path", "path", "img")
 TEXT_COLUMNS = ("text", "caption", "prompt", "description", "tags")
@@ -97,7 +97,7 @@ def _csv(path: Path, text: str, notes: list[str]) -> list[Row]:
         return [_plain_row(path, number, cells, delimiter) for number, cells in lines]
     others = [name for at, name in enumerate(names) if at not in (file_at, text_at) and name]
     if others:
-        notes.append(f"{path.name}: columns not used: {', '.join(others)}")
+        notes.append(printable(f"{path.name}: columns not used: {', '.join(others)}"))
     for number, cells in lines[1:]:
         if len(cells) <= max(file_at, text_at) or any(cells[len(names) :]):
             wanted = f"expected {len(names)} columns, found {len(cells)}; put captions with a {delimiter!r} in quotes"
