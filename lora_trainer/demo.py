@@ -124,7 +124,7 @@ def prove(config: Config, finished: Finished, seconds: float, sink: EventSink) -
 
 def shuffled(samples: Sequence[Sample]) -> list[Sample]:
     """Each picture with the caption of the next one."""
-    return [replace(s, context=other.context) for s, other in zip(samples, [*samples[1:], samples[0]], strict=True)]
+    return [replace(s, text=other.text) for s, other in zip(samples, [*samples[1:], samples[0]], strict=True)]
 
 
 def report(evidence: Evidence, finished: Finished) -> list[str]:

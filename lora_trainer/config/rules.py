@@ -30,6 +30,11 @@ def _previews(config: Config) -> Iterator[str]:
         yield "sample_every: expected sample_prompts beside it, found none"
 
 
+def _text_encoder(config: Config) -> Iterator[str]:
+    if config.text_encoder_lr is not None and not config.train_text_encoder:
+        yield "text_encoder_lr: expected train_text_encoder beside it, found it switched off"
+
+
 def _warmup(config: Config) -> Iterator[str]:
     if config.max_train_steps is not None and config.lr_warmup_steps >= config.max_train_steps:
         yield (
@@ -59,4 +64,4 @@ def _name(config: Config) -> Iterator[str]:
         yield f"output_name: expected at most {MAX_NAME_BYTES} bytes, found {len(name.encode())}"
 
 
-RULES = (_paths, _validation, _previews, _warmup, _name)
+RULES = (_paths, _validation, _previews, _text_encoder, _warmup, _name)

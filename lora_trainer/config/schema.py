@@ -104,10 +104,20 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         list[str],
         _about(
             LORA,
-            "The sets default (kohya's 192 modules) and conv (adds convolutions), or endings of module names: to_q.",
+            "In the UNet: the sets default (kohya's 192 modules), conv (adds convolutions), or endings of names: to_q.",
             min_length=1,
         ),
     ] = msgspec.field(default_factory=lambda: ["default"])
+
+    train_text_encoder: Annotated[
+        bool, _about(LORA, "A LoRA on the text encoder too, for words that it does not know; slower.")
+    ] = False
+    text_encoder_lr: (
+        Annotated[
+            float, _about(LORA, "The text encoder's learning rate; half of learning_rate when left out.", gt=0, le=1)
+        ]
+        | None
+    ) = None
 
     batch_size: Annotated[int, _about(TRAINING, "Pictures at once. Lower it when memory runs out.", ge=1, le=1024)] = 4
     gradient_accumulation_steps: Annotated[

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from diffusers import AutoencoderKL
 from torch import Tensor
 
 from lora_trainer.dataset.buckets import Bucket, fit, place
@@ -15,7 +16,6 @@ from lora_trainer.dataset.items import Item
 from lora_trainer.errors import DataError
 from lora_trainer.events import EventSink, Notice, Progress
 from lora_trainer.models.latents import encode, latent_shape, to_tensor
-from lora_trainer.models.model import Model
 
 # Draws the posterior's noise for (index of the item, shape of its latents): [1, *shape] float32.
 LatentNoise = Callable[[int, tuple[int, int, int]], Tensor]
@@ -23,17 +23,18 @@ LatentNoise = Callable[[int, tuple[int, int, int]], Tensor]
 
 @dataclass(frozen=True)
 class Sample:
-    """One image, ready to train on. latents [4, h, w] and context [77 n, width], float32 on the CPU."""
+    """One image, ready: latents [4, h, w] float32 on the CPU, and the caption as `Encoders.read` gives it."""
 
     item: Item
     bucket: Bucket
     latents: Tensor
-    context: Tensor
+    text: Mapping[str, Tensor]
 
     @property
     def group(self) -> Hashable:
         """Samples of one group have the same shapes."""
-        return (self.bucket.width, self.bucket.height, self.context.shape[0])
+        tokens = self.text["ids"].numel() if "ids" in self.text else self.text["context"].shape[0]
+        return (self.bucket.width, self.bucket.height, tokens)
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Encoded:
     between: Callable[[], object] = lambda: None
     samples: list[Sample] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
-    contexts: dict[str, Tensor] = field(default_factory=dict)
+    captions: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
     @property
     def count(self) -> int:
@@ -76,9 +77,18 @@ class Sizes:
     allow_upscaling: bool = False
 
 
+@dataclass(frozen=True)
+class Encoders:
+    """`vae` makes latents of pictures, `read` of a caption what a batch holds of it, under the names of its fields:
+    the frozen encoder's embedding, or the token ids for a trained one."""
+
+    vae: AutoencoderKL
+    read: Callable[[str], Mapping[str, Tensor]]
+
+
 def prepare(
     items: Sequence[Item],
-    model: Model,
+    encoders: Encoders,
     sizes: Sizes,
     *,
     noise: LatentNoise,
@@ -94,14 +104,14 @@ def prepare(
     for index, item in enumerate(items[kept.count :], start=kept.count):
         kept.between()
         try:
-            bucket, latents = _latents(item, index, model, sizes, noise)
+            bucket, latents = _latents(item, index, encoders.vae, sizes, noise)
         except (ImageError, ValueError) as error:
             kept.skipped.append(str(error))
             sink(Notice(text=f"skipped: {error}", level="warning"))
         else:
-            if item.caption not in kept.contexts:
-                kept.contexts[item.caption] = encode_caption(model, item.caption)
-            kept.samples.append(Sample(item, bucket, latents, kept.contexts[item.caption]))
+            if item.caption not in kept.captions:
+                kept.captions[item.caption] = encoders.read(item.caption)
+            kept.samples.append(Sample(item, bucket, latents, kept.captions[item.caption]))
             sink(Progress(stage="encoding images", done=index + 1, total=len(items)))
     samples, skipped = kept.samples, kept.skipped
     if skipped:
@@ -111,19 +121,14 @@ def prepare(
     return Prepared(tuple(samples), tuple(skipped))
 
 
-def encode_caption(model: Model, caption: str) -> Tensor:
-    """The frozen encoders' embedding of one caption: [77 n, width] float32 on the CPU."""
-    return model.text.embed(caption)[0].float().cpu()
-
-
-def _latents(item: Item, index: int, model: Model, sizes: Sizes, noise: LatentNoise) -> tuple[Bucket, Tensor]:
+def _latents(item: Item, index: int, vae: AutoencoderKL, sizes: Sizes, noise: LatentNoise) -> tuple[Bucket, Tensor]:
     image = load_image(item.path)
     try:
         placement = place(image.size, sizes.resolution, allow_upscaling=sizes.allow_upscaling)
     except ValueError as error:
         raise ImageError(item.path, str(error)) from error
-    shape = latent_shape(model.vae, placement.bucket.width, placement.bucket.height)
-    latents = encode(model.vae, to_tensor(fit(image, placement)), noise(index, shape))
+    shape = latent_shape(vae, placement.bucket.width, placement.bucket.height)
+    latents = encode(vae, to_tensor(fit(image, placement)), noise(index, shape))
     if not torch.isfinite(latents).all():
         raise ImageError(item.path, "the VAE gave numbers that are not finite")
     return placement.bucket, latents[0].cpu()

@@ -21,9 +21,11 @@ from lora_trainer.events import EventSink, Finished
 from lora_trainer.files import publish
 from lora_trainer.hosts.ports import Host
 from lora_trainer.logs import CsvLog, TensorBoardLog, fan_out
+from lora_trainer.models.bridge import TEXT_PREFIX
 from lora_trainer.models.checkpoint import FileIdentity
 from lora_trainer.models.model import CheckpointHashes, Model
 from lora_trainer.models.single_file import model_of, place
+from lora_trainer.models.unet_names import LDM_PREFIX as UNET_PREFIX
 from lora_trainer.training.control import StopOnly
 from lora_trainer.training.precision import resolve
 from lora_trainer.training.run import run
@@ -43,7 +45,7 @@ def train(config: Config, sink: EventSink, *, resumes: bool = False) -> Finished
         dtype = resolve(config.mixed_precision, device)[0].compute
         if config.caption_syntax == "webui":
             raise ConfigError(["caption_syntax: webui works only inside the WebUI; expected literal here"])
-        models = FileModels(Path(config.base_model), device, dtype, config.clip_skip)
+        models = FileModels(Path(config.base_model), device, dtype, config.clip_skip, config.train_text_encoder)
         host = Host(models, AloneLease(), FolderStore(output, config.overwrite))
         return run(config, host, events, clock=clock, control=StopOnly(stop), resumes=resumes)
 
@@ -104,12 +106,15 @@ class FileModels:
     device: torch.device
     dtype: torch.dtype
     clip_skip: int | None = None
+    train_text: bool = False
     _state: tuple | None = field(default=None, init=False)
 
     @contextmanager
     def borrow(self) -> Iterator[Model]:
         if self._state is None:
-            self._state = (*place(self.path, self.device, self.dtype), in_background(self.path))
+            trained = (UNET_PREFIX, TEXT_PREFIX) if self.train_text else (UNET_PREFIX,)
+            placed = place(self.path, self.device, self.dtype, trained=trained)
+            self._state = (*placed, in_background(self.path))
         family, state, hashes = self._state
         yield model_of(state, family, self.path, device=self.device, hashes=hashes, clip_skip=self.clip_skip)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lora_trainer.config import Config
 from lora_trainer.dataset.items import Item, scan
-from lora_trainer.dataset.prepare import Encoded, Prepared, Sizes, prepare
+from lora_trainer.dataset.prepare import Encoded, Encoders, Prepared, Sizes, prepare
 from lora_trainer.errors import DataError
 from lora_trainer.events import EventSink, Notice
 from lora_trainer.models.model import Model
@@ -65,7 +65,9 @@ def load(
         return lambda index, shape: randomness.normal(config.seed, purpose, [index], shape)
 
     first, second = kept or (None, None)
-    encode = partial(prepare, model=model, sizes=sizes, sink=sink)
+    text = model.text
+    encoders = Encoders(model.vae, text.tokens if config.train_text_encoder else text.context)
+    encode = partial(prepare, encoders=encoders, sizes=sizes, sink=sink)
     train = encode(items.train, noise=noise("latents"), kept=first)
     if not items.held_out:
         return TrainingData(train, None)

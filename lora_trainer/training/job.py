@@ -203,7 +203,7 @@ class Job:
                 effective_batch=config.batch_size * config.gradient_accumulation_steps,
                 trainable=segment.trainables.count,
                 total=segment.base_count,
-                modules=len(segment.adapter.layers),
+                modules=segment.modules,
                 scale=alpha_of(config) / config.lora_rank,
             )
         )

@@ -12,7 +12,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from lora_trainer.adapters.metadata import BaseFacts, DataFacts, RunFacts, build_metadata
-from lora_trainer.adapters.naming import UNET_PREFIX, to_diffusers, to_kohya
+from lora_trainer.adapters.naming import PREFIXES, to_diffusers, to_kohya
 from lora_trainer.adapters.save import assemble
 from lora_trainer.config import Config
 from lora_trainer.config.export import to_header, to_yaml
@@ -25,7 +25,7 @@ from lora_trainer.models.model import Model
 from lora_trainer.sampling import Recipe, generate
 from lora_trainer.training import randomness
 from lora_trainer.training.rescue import rescued
-from lora_trainer.training.segment import Segment, alpha_of
+from lora_trainer.training.segment import Segment, alpha_of, text_encoder_lr_of
 
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
@@ -57,12 +57,11 @@ class Output:
         stem = self.name if final else f"{self.name}-step{progress.step:08}"
         self.sink(Saving(step=progress.step))
         metadata = self._metadata(segment.model, data, progress)
-        factors = segment.adapter.factors()
         files: list[tuple[str, dict[str, Tensor]]] = []
         if self.config.output_format in ("webui", "both"):
-            files.append((f"{stem}.safetensors", to_kohya(UNET_PREFIX, factors)))
+            files.append((f"{stem}.safetensors", _kohya(segment)))
         if self.config.output_format in ("diffusers", "both"):
-            files.append((DIFFUSERS_FILE if final else f"{stem}/{DIFFUSERS_FILE}", to_diffusers(factors)))
+            files.append((DIFFUSERS_FILE if final else f"{stem}/{DIFFUSERS_FILE}", _diffusers(segment)))
         paths = []
         for file, tensors in files:
             refuse_nonsense(file, tensors)
@@ -108,7 +107,7 @@ class Output:
             for prompt in self.config.sample_prompts:
                 yield from generate(segment.model, [prompt], recipe, segment.network.precision)
             return
-        lora = assemble(self._rounded(to_kohya(UNET_PREFIX, segment.adapter.factors())), {})
+        lora = assemble(self._rounded(_kohya(segment)), {})
         yield from self.painter.draw(lora, self.config.sample_prompts, recipe)
 
     def _rounded(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -151,6 +150,17 @@ class Output:
         return build_metadata(run, DataFacts(captions, data.buckets, resolution, progress.batches_per_epoch), base)
 
 
+def _kohya(segment: Segment) -> dict[str, Tensor]:
+    """What is learned, in the WebUI's form."""
+    parts = [to_kohya(PREFIXES[part], adapter.factors()) for part, adapter in segment.adapters.items()]
+    return {name: tensor for part in parts for name, tensor in part.items()}
+
+
+def _diffusers(segment: Segment) -> dict[str, Tensor]:
+    parts = [to_diffusers(adapter.factors(), part) for part, adapter in segment.adapters.items()]
+    return {name: tensor for part in parts for name, tensor in part.items()}
+
+
 def refuse_nonsense(file: str, tensors: Mapping[str, Tensor]) -> None:
     """Raises OutputError for weights that are not finite, or of which nothing was learned."""
     broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
@@ -172,7 +182,7 @@ def kohya_settings(config: Config) -> dict[str, object]:
     return {
         "learning_rate": config.learning_rate,
         "unet_lr": config.learning_rate,
-        "text_encoder_lr": None,
+        "text_encoder_lr": text_encoder_lr_of(config) if config.train_text_encoder else None,
         "num_epochs": config.epochs,
         "max_train_steps": config.max_train_steps,
         "batch_size_per_device": config.batch_size,
