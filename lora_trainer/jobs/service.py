@@ -53,7 +53,8 @@ class JobService:
         self._changed = threading.Condition()
         self._jobs: dict[str, _Job] = {}
         self._closing = False
-        for view in read_jobs(folder):
+        # Names tell seconds; who came first in one of them, only the clock.
+        for view in sorted(read_jobs(folder), key=lambda view: view.created):
             self._jobs[view.id] = self._job(view, JobFolder(folder / view.id))
         for job in self._jobs.values():
             self._find_again(job)
