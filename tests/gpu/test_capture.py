@@ -18,6 +18,7 @@ from lora_trainer.training.settings import torch_settings
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 WORK = Workload(batch=2, resolution=256, dropout=0.1)
+WORKS = [WORK, replace(WORK, train_text_encoder=True)]
 
 
 def steps(count, *, work=WORK, lr=1e-3, captured=True, **changes):
@@ -33,7 +34,8 @@ def steps(count, *, work=WORK, lr=1e-3, captured=True, **changes):
             segment.update()
         segment.trainables.verify_views()
         graphs = segment.captures.count
-        learned = [f.up.flatten(1) @ f.down.flatten(1) for f in segment.adapter.factors().values()]
+        factors = [f for adapter in segment.adapters.values() for f in adapter.factors().values()]
+        learned = [f.up.flatten(1) @ f.down.flatten(1) for f in factors]
     return torch.cat([product.flatten() for product in learned]), graphs
 
 
@@ -54,31 +56,35 @@ def ordinary(monkeypatch):
     monkeypatch.setattr(segments, "choose_tier", choose)
 
 
-def test_fifty_captured_steps_differ_from_ordinary_ones_as_those_do_from_each_other(monkeypatch):
-    fast, graphs = steps(50)
+@pytest.mark.parametrize("work", WORKS)
+def test_fifty_captured_steps_differ_from_ordinary_ones_as_those_do_from_each_other(monkeypatch, work):
+    fast, graphs = steps(50, work=work)
     assert graphs == 2
     ordinary(monkeypatch)
-    one, other = steps(50)[0], steps(50)[0]
+    one, other = (steps(50, work=work)[0] for _ in range(2))
     print(f"fast against ordinary {apart(fast, one):.2e}, ordinary against itself {apart(other, one):.2e}")
     assert apart(fast, one) <= max(2 * apart(other, one), 5e-3)
 
 
-def test_checkpointing_dropout_and_capture_together_change_nothing():
-    plain = steps(4, captured=False)[0]
+@pytest.mark.parametrize("work", WORKS)
+def test_checkpointing_dropout_and_capture_together_change_nothing(work):
+    plain = steps(4, work=work, captured=False)[0]
     for changes in ({}, {"gradient_checkpointing": True}):
-        got, graphs = steps(4, **changes)
+        got, graphs = steps(4, work=work, **changes)
         assert graphs == 2
         assert apart(got, plain) < 5e-3, changes
 
 
-def test_deterministic_runs_are_equal_bit_by_bit():
-    first, second = (steps(4, deterministic=True)[0] for _ in range(2))
+@pytest.mark.parametrize("work", WORKS)
+def test_deterministic_runs_are_equal_bit_by_bit(work):
+    first, second = (steps(4, work=work, deterministic=True)[0] for _ in range(2))
     assert torch.equal(first, second)
 
 
-def test_no_step_waits_for_the_device():
-    feed = RandomFeed(WORK).stream(0, pinned=True)
-    with torch_settings(None), segments.open_segment(config_of(WORK), model_of(WORK), None) as segment:
+@pytest.mark.parametrize("work", WORKS)
+def test_no_step_waits_for_the_device(work):
+    feed = RandomFeed(work).stream(0, pinned=True)
+    with torch_settings(None), segments.open_segment(config_of(work), model_of(work), None) as segment:
         for number in range(6):
             _, (batch,) = next(feed)
             if number == 3:

@@ -12,6 +12,7 @@ from unittest.mock import patch
 import pytest
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from lora_trainer.config import build
 from lora_trainer.events import Finished, Notice, Progress, Saved, StepDone
@@ -313,3 +314,32 @@ def test_previews_are_the_users_own_pictures_from_the_file(ui, webui_settings):
         name for name in (*ui.networks.available_networks, *ui.networks.networks_in_memory) if "preview" in name
     ]
     assert losses(events) == losses(train(ui, webui_settings, seed=5))
+
+
+@pytest.mark.parametrize("syntax", ["literal", "webui"])
+def test_a_trained_text_encoder_is_given_back_as_it_was(ui, webui_settings, syntax):
+    def made() -> list:
+        """The host's modules, with what hangs on each."""
+        return [(type(m), sorted(vars(m)), [*m._forward_hooks], [*m._backward_hooks]) for m in ui.model.modules()]
+
+    before, picture = ui.digest(), ui.picture()
+    ui.picture(STYLE)
+    as_made = made()
+    text = {"train_text_encoder": True, "text_encoder_lr": 1e-2, "caption_syntax": syntax}
+    sampling = {"sample_prompts": ["a cat"], "sample_every": 2, "sample_steps": 2, "sample_guidance": 4.0}
+    meanwhile = Meanwhile(ui, *[lambda: ui.picture(STYLE)] * 3)
+    events = train(ui, webui_settings, seed=5, at=meanwhile, **text, **sampling)
+    meanwhile.wait()
+    assert ui.digest() == before
+    assert ui.picture() == picture
+    assert any("198 of 198 modules" in notice.text for notice in of(events, Notice))
+    assert made() == as_made
+    assert not any(p.requires_grad or p.grad is not None for p in ui.model.cond_stage_model.parameters())
+    previews = [Image.open(e.path).convert("L").tobytes() for e in of(events, Saved) if e.kind == "sample"]
+    assert previews[-1] == ui.picture("a cat <lora:tiny:1>", seed=5, cfg_scale=4.0)
+    assert losses(events) == losses(train(ui, webui_settings, seed=5, **text))
+    # Without what the text encoder learned the picture is another.
+    lora = load_file(ui.loras / "tiny.safetensors")
+    unet = {name: tensor for name, tensor in lora.items() if not name.startswith("lora_te_")}
+    save_file(unet, ui.loras / "unet.safetensors")
+    assert ui.picture("a cat <lora:unet:1>", seed=5, cfg_scale=4.0) != previews[-1]

@@ -13,15 +13,16 @@ from lora_trainer.config import Config
 from lora_trainer.errors import ModelError
 from lora_trainer.events import EventSink, Notice
 from lora_trainer.hosts.webui.merged import unmerge
-from lora_trainer.hosts.webui.view import view_of
+from lora_trainer.hosts.webui.view import transformer_of, view_of
 from lora_trainer.models.fingerprint import sampled
 from lora_trainer.models.model import Model
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What tells that the loaded model is still the one that was borrowed: its files, the place of each of the UNet's
-    tensors, and a few of their values (a checkpoint of the same sizes is copied into the live module)."""
+    """What tells that the loaded model is still the one that was borrowed: its files, the place of each tensor of the
+    UNet and the text encoder, and a few of their values (a checkpoint of the same sizes is copied into the live
+    module)."""
 
     checkpoint: str
     vae: str | None
@@ -30,7 +31,8 @@ class Fingerprint:
 
     @classmethod
     def of(cls, sd_model: Any) -> Fingerprint:
-        tensors = [parameter.detach() for parameter in sd_model.model.diffusion_model.parameters()]
+        modules = (sd_model.model.diffusion_model, transformer_of(sd_model))
+        tensors = [p.detach() for module in modules if module is not None for p in module.parameters()]
         return cls(
             checkpoint=sd_model.sd_checkpoint_info.filename,
             vae=sd_vae.loaded_vae_file,

@@ -29,7 +29,7 @@ def state_of(sd_model: Any) -> dict[str, Tensor]:
     parts = (
         (UNET_PREFIX, sd_model.model.diffusion_model),
         (VAE_PREFIX, sd_model.first_stage_model),
-        (TEXT_PREFIX, _transformer(sd_model)),
+        (TEXT_PREFIX, transformer_of(sd_model)),
     )
     # The WebUI wraps the token embedding to put textual inversions in.
     return {
@@ -106,7 +106,7 @@ class PromptEncoder(TextEncoder):
 
 def _text(sd_model: Any, state: dict[str, Tensor], config: Config) -> TextEncoder:
     encoder = sd_model.cond_stage_model
-    transformer = _transformer(sd_model)
+    transformer = transformer_of(sd_model)
     view = text_view(state, config=transformer.config)
     skip = config.clip_skip or int(shared.opts.CLIP_stop_at_last_layers)
     if config.caption_syntax == "literal":
@@ -126,7 +126,8 @@ def _literal(encoder: Any) -> Callable[[str], Tensor]:
     return tokenize
 
 
-def _transformer(sd_model: Any) -> Any:
+def transformer_of(sd_model: Any) -> Any:
+    """SD1's text encoder; None in a model of another family."""
     encoder = getattr(sd_model, "cond_stage_model", None)
     return getattr(getattr(encoder, "wrapped", None), "transformer", None)
 
