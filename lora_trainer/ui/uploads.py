@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shutil
 import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -138,10 +137,13 @@ def _zip_errors(name: str) -> Iterator[None]:
     """Whatever is wrong with a zip file becomes a DataError."""
     try:
         yield
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
-        raise DataError(f"{name}: not a whole zip file: {error}") from None
+    except (DataError, OSError):
+        raise
     except RuntimeError:
         raise DataError(f"{name}: expected an ordinary zip file without a password") from None
+    except Exception as error:
+        # On damaged bytes it raises nearly anything: BadZipFile, zlib.error, IndexError for a file without a name, ….
+        raise DataError(f"{name}: not a whole zip file: {error}") from None
 
 
 def _clutter(path: str) -> bool:
