@@ -43,9 +43,8 @@ class OutputError(UserError):
 def printable(text: str, most: int = MAX_LINE) -> str:
     """`text` as one line of at most about `most` characters that is safe to print: its middle is left out, and what
     is no visible character is written as an escape."""
-    if len(text) > most:
-        text = f"{text[: most * 2 // 3]} … {text[-most // 3 :]}"
-    return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    text = _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return text if len(text) <= most else f"{text[: most * 2 // 3]} … {text[-most // 3 :]}"
 
 
 def shown(value: object) -> str:
