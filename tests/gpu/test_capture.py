@@ -126,3 +126,58 @@ def test_a_part_that_cannot_be_captured_runs_eagerly():
     assert len(seen) >= 4
     assert captures.count == 0
     assert captures.reason
+
+
+def test_bad_numbers_never_reach_the_weights_and_nobody_waits():
+    feed = RandomFeed(WORK).stream(0, pinned=True)
+    with torch_settings(None), segments.open_segment(config_of(WORK), model_of(WORK), None) as segment:
+
+        def step(*, spoil: bool = False) -> None:
+            _, (batch,) = next(feed)
+            if spoil:
+                batch.latents.fill_(float("nan"))
+            segment.trainables.set_learning_rate(1e-4)
+            segment.forward_backward(batch)
+            segment.update()
+
+        for _ in range(3):
+            step()
+        before = {name: tensor.clone() for name, tensor in segment.live().items()}
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step(spoil=True)
+            snapshot = segment.snapshot()
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert segment.update.result[2] == 0
+        snapshot.wait()
+        for name in ("masters", "optimizer.exp_avg", "optimizer.exp_avg_sq", "optimizer.steps"):
+            # The snapshot is of the moment it was taken, though later steps were under way before it had arrived.
+            assert torch.equal(snapshot.copies[name], before[name].cpu()), name
+            assert not torch.equal(segment.live()[name], before[name]), name
+        assert snapshot.copies["scaler.scale"] == before["scaler.scale"].cpu() / 2
+
+
+def test_a_segment_goes_on_from_a_snapshot_bit_by_bit():
+    model = model_of(WORK)
+    config = config_of(WORK, deterministic=True)
+    batches = [
+        next(iter(update)) for _, update in (next(RandomFeed(WORK).stream(0, pinned=True)) for _ in range(1))
+    ] * 8
+
+    def train(segment: segments.Segment, part: list) -> None:
+        for batch in part:
+            segment.trainables.set_learning_rate(1e-3)
+            segment.forward_backward(batch)
+            segment.update()
+
+    with torch_settings(None):
+        with segments.open_segment(config, model, None) as segment:
+            train(segment, batches[:4])
+            state = segment.snapshot().named()
+            train(segment, batches[4:])
+            expected = segment.trainables.masters.clone()
+        with segments.open_segment(config, model, state) as segment:
+            train(segment, batches[4:])
+            assert torch.equal(segment.trainables.masters, expected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
 import os
@@ -474,3 +475,35 @@ def test_weights_that_the_files_precision_cannot_hold_are_in_fp32(job, monkeypat
     assert job.told("too large for fp16")
     factors = read_lora(Path(job.of(Finished)[0].output[0])).factors
     assert max(f.down.abs().max() for f in factors.values()) > 1e6
+
+
+def test_a_folder_that_moves_away_in_the_middle_is_made_again(job, expected, tmp_path):
+    moved = tmp_path / "moved away"
+    job(at=lambda event: at_step(4)(event) and job.out.rename(moved), save_steps=5)
+    assert weights((job.out / "tiny.safetensors").read_bytes()) == weights(expected)
+    assert list(moved.rglob("step*.safetensors"))
+
+
+def test_a_slow_disk_holds_up_no_step(job, monkeypatch):
+    """States are written behind the steps' back; one that is still on its way is not waited for."""
+    flush, written = files._flush, []
+
+    def slow(file):
+        if FOLDER in Path(file.name).parts:
+            written.append(file.name)
+            time.sleep(1.0)
+        flush(file)
+
+    monkeypatch.setattr(files, "_flush", slow)
+    took: list[float] = []
+    job(checkpoint_every=1, epochs=8, at=lambda event: isinstance(event, StepDone) and took.append(time.monotonic()))
+    gaps = [after - before for before, after in itertools.pairwise(took)]
+    assert max(gaps) < 0.9
+    assert len(written) < 8
+
+
+@pytest.mark.parametrize("name", ["лора", "画风", "ليلى", "é" * 75, "a b.c-d_e (1)"])
+def test_names_in_any_script(job, name):
+    job(output_name=name)
+    assert (job.out / f"{name}.safetensors").exists()
+    assert not list(job.out.rglob("*.tmp"))
