@@ -11,10 +11,10 @@ from pathlib import PurePath
 
 from lora_trainer import __version__
 from lora_trainer.config.options import options
+from lora_trainer.config.schema import PATHS
 
 PACKAGES = ("torch", "diffusers", "peft", "transformers", "safetensors", "gradio", "triton", "bitsandbytes")
 LAST = 20
-_PATHS = ("base_model", "train_data_dir", "metadata_path", "validation_data_dir", "output_dir")
 
 
 def report(error: BaseException, settings: Mapping[str, object] = {}, log: Sequence[str] = ()) -> str:
@@ -63,7 +63,7 @@ def _changed(settings: Mapping[str, object]) -> list[str]:
         option = options().get(key)
         if option is None or value == option.default or "prompt" in key:
             continue
-        told.append(f"{key}: {PurePath(str(value)).name if key in _PATHS and value else value!r}")
+        told.append(f"{key}: {PurePath(str(value)).name if key in PATHS and value else value!r}")
     return told
 
 

@@ -11,9 +11,8 @@ import msgspec
 import yaml
 
 from lora_trainer.config.options import Option, options
-from lora_trainer.config.schema import GROUPS, Config
+from lora_trainer.config.schema import GROUPS, PATHS, Config
 
-PATHS = ("base_model", "train_data_dir", "metadata_path", "validation_data_dir", "output_dir")
 PRIVATE = ("sample_prompts", "sample_negative_prompt")
 TEXT_ENCODER = ("train_text_encoder", "text_encoder_lr")
 TABLE_START, TABLE_END = "<!-- options:start -->", "<!-- options:end -->"

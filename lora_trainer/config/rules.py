@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from lora_trainer.config.schema import Config
+from lora_trainer.config.schema import PATHS, Config
 from lora_trainer.errors import shown
 
 # The WebUI's prompt syntax cannot name a LoRA with these, and file systems refuse the rest.
@@ -47,7 +47,7 @@ def _paths(config: Config) -> Iterator[str]:
     for key in ("base_model", "train_data_dir", "output_dir"):
         if not getattr(config, key).strip():
             yield f"{key}: expected a path, found nothing"
-    for key in ("base_model", "train_data_dir", "metadata_path", "validation_data_dir", "output_dir"):
+    for key in PATHS:
         if "\0" in (getattr(config, key) or ""):
             yield f"{key}: expected a path without NUL bytes, found {shown(getattr(config, key))}"
 

@@ -19,6 +19,8 @@ def _about(group: str, text: str, **bounds: Any) -> Meta:
 MODEL, DATA, LORA = "Model", "Data", "LoRA"
 TRAINING, OUTPUT, PREVIEWS = "Training", "Output", "Validation and previews"
 GROUPS = (MODEL, DATA, LORA, TRAINING, OUTPUT, PREVIEWS)
+# The options that name a file or a folder.
+PATHS = ("base_model", "train_data_dir", "metadata_path", "validation_data_dir", "cache_dir", "output_dir")
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -81,6 +83,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         | None
     ) = None
     allow_upscaling: Annotated[bool, _about(DATA, "Enlarge pictures that are smaller than the resolution.")] = False
+    cache_dir: (
+        Annotated[
+            str,
+            _about(DATA, "A folder that keeps encoded pictures and captions for the next run; else in memory only."),
+        ]
+        | None
+    ) = None
     trigger_words: Annotated[
         str, _about(DATA, "Words put in front of each caption that lacks them, and named in the file.")
     ] = ""

@@ -10,9 +10,11 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 from urllib.parse import unquote
 
+from lora_trainer.config.schema import PATHS
 from lora_trainer.errors import ConfigError, shown
 
-PATH_KEYS = ("train_data_dir", "metadata_path", "validation_data_dir", "output_dir")
+# A checkpoint is chosen by its name.
+PATH_KEYS = tuple(key for key in PATHS if key != "base_model")
 # Windows opens a device under these names in any folder and with any ending: nul, COM1.txt.
 _DEVICE_NAME = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³])[ .]*(\..*)?", re.IGNORECASE)
 

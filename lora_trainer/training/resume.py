@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 
 from lora_trainer.config import Config, output_name_of
+from lora_trainer.config.schema import PATHS
 from lora_trainer.errors import ModelError, OutputError, UserError
 from lora_trainer.events import EventSink, Finished, Notice
 from lora_trainer.files import sweep_folder
@@ -22,8 +23,17 @@ from lora_trainer.training.states import FOLDER, Facts, Kept, StateFolder, folde
 # pictures and which model a path leads to is compared itself.
 FREE = frozenset(
     {
-        *("base_model", "train_data_dir", "metadata_path", "validation_data_dir", "output_dir", "output_name"),
-        *("epochs", "max_train_steps", "save_steps", "checkpoint_every", "validate_every", "log_with", "overwrite"),
+        *PATHS,
+        *(
+            "output_name",
+            "epochs",
+            "max_train_steps",
+            "save_steps",
+            "checkpoint_every",
+            "validate_every",
+            "log_with",
+            "overwrite",
+        ),
         *("sample_prompts", "sample_every", "sample_steps", "sample_guidance", "sample_negative_prompt"),
         *("output_format", "save_precision", "metadata_private", "training_comment", "cpu_threads", "device", "trial"),
         *("gradient_checkpointing", "enable_xformers"),

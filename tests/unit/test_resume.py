@@ -57,7 +57,7 @@ class Run:
             if at is not None:
                 at(event)
 
-        models = FileModels(Path(config.base_model), torch.device("cpu"), torch.float32)
+        models = FileModels(Path(config.base_model), torch.device("cpu"), torch.float32, config.clip_skip)
         host = Host(models, AloneLease(), FolderStore(Path(config.output_dir), config.overwrite))
         finished = run(config, host, sink, clock=lambda: 1.7e9, control=control or StopOnly(), resumes=resumes)
         return Path(finished.output[0]).read_bytes() if finished.output else None
@@ -428,16 +428,16 @@ def test_a_validation_that_does_not_fit_is_made_in_smaller_batches(job, monkeypa
 def test_a_picture_that_the_gpu_cannot_encode_is_encoded_on_the_cpu(job, expected, monkeypatch):
     from lora_trainer.models import latents
 
-    real = latents._sample
+    real = latents._posterior
     views: list = []
 
-    def short(vae, pixels, noise):
+    def short(vae, pixels):
         views.append(vae)
         if len(views) % 2:
             raise torch.cuda.OutOfMemoryError("simulated")
-        return real(vae, pixels, noise)
+        return real(vae, pixels)
 
-    monkeypatch.setattr(latents, "_sample", short)
+    monkeypatch.setattr(latents, "_posterior", short)
     assert job() == expected
     assert all(copy is not view for view, copy in zip(views[::2], views[1::2], strict=True))
 

@@ -176,7 +176,15 @@ def test_every_option_is_shown_once_or_hidden_for_a_reason():
     assert len(shown) == len(set(shown))
     assert set(shown).isdisjoint(fields.HIDDEN)
     assert set(shown) | set(fields.HIDDEN) == set(options())
-    assert set(fields.HIDDEN) == {"base_model", "output_dir", "device", "cpu_threads", "trial", "enable_xformers"}
+    assert set(fields.HIDDEN) == {
+        "base_model",
+        "output_dir",
+        "cache_dir",
+        "device",
+        "cpu_threads",
+        "trial",
+        "enable_xformers",
+    }
     assert list(fields.groups()) == list(GROUPS)
 
 

@@ -58,7 +58,11 @@ class Extension:
         if checkpoint is None and "base_model" not in given:
             raise DataError("no checkpoint is loaded; choose one at the top of the page, wait, and train again")
         run = self.home / "runs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
-        known = {"base_model": checkpoint.title if checkpoint else "", "output_dir": str(run)}
+        known = {
+            "base_model": checkpoint.title if checkpoint else "",
+            "output_dir": str(run),
+            "cache_dir": str(self.home / "cache"),
+        }
         return self.jobs.submit(build(known, given))
 
     def upload_folder(self) -> Path:
