@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 
 from lora_trainer.config import Config, output_name_of
+from lora_trainer.config.options import options
 from lora_trainer.config.schema import PATHS
 from lora_trainer.errors import ModelError, OutputError, UserError
 from lora_trainer.events import EventSink, Finished, Notice
@@ -69,9 +70,11 @@ def begin(config: Config, store: LoraStore, sink: EventSink, *, resume: bool) ->
 def compare(facts: Facts, config: Config) -> None:
     """Raises ResumeError when `config` is not the one that the run began with."""
     now = msgspec.structs.asdict(config)
-    changed = [key for key in sorted(now) if key not in FREE and facts.config.get(key) != now[key]]
+    # A setting that came with an update was at its default before.
+    then = {key: option.default for key, option in options().items()} | facts.config
+    changed = [key for key in sorted(now) if key not in FREE and then[key] != now[key]]
     if changed:
-        told = "; ".join(f"{key} was {facts.config.get(key)!r}, now {now[key]!r}" for key in changed)
+        told = "; ".join(f"{key} was {then[key]!r}, now {now[key]!r}" for key in changed)
         raise ResumeError(
             f"resume: the run of {facts.name} at step {facts.step} began with other settings ({told}): take those, or "
             "train without --resume"

@@ -507,3 +507,14 @@ def test_names_in_any_script(job, name):
     job(output_name=name)
     assert (job.out / f"{name}.safetensors").exists()
     assert not list(job.out.rglob("*.tmp"))
+
+
+def test_an_update_that_brings_a_setting_ends_no_run(job, expected, monkeypatch):
+    from lora_trainer.training import job as jobs
+
+    asdict = jobs.msgspec.structs.asdict
+    older = lambda config: {key: value for key, value in asdict(config).items() if key != "train_text_encoder"}  # noqa: E731
+    monkeypatch.setattr(jobs.msgspec.structs, "asdict", older)
+    job.killed(at_step(5))
+    monkeypatch.undo()
+    assert job() == expected
