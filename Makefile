@@ -1,21 +1,25 @@
 # Everything is installed into .venv, on first use and again when pyproject.toml or constraints.txt change.
 #   make demo [OUT=folder]    train a small LoRA on the bundled model and draw a contact sheet
 #   make test | test-slow     the quick tests | those that take minutes
+#   make test-chaos           kill and starve a job everywhere: minutes
 #   make lint | format        check the style | apply it
 PYTHON ?= python3
 VENV ?= .venv
 
-.PHONY: demo test test-slow lint format
+.PHONY: demo test test-slow test-chaos lint format
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.ready
 	$(VENV)/bin/lora-trainer demo $(if $(OUT),--out "$(OUT)")
 
 test: $(VENV)/.ready
-	$(VENV)/bin/python -m pytest -m "not slow and not gpu"
+	$(VENV)/bin/python -m pytest -m "not slow and not gpu and not chaos"
 
 test-slow: $(VENV)/.ready
-	$(VENV)/bin/python -m pytest -m "slow and not gpu"
+	$(VENV)/bin/python -m pytest -m "slow and not gpu and not chaos"
+
+test-chaos: $(VENV)/.ready
+	$(VENV)/bin/python -m pytest tests/chaos -m ""
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .

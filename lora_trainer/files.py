@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,8 +18,9 @@ _SUFFIX = ".tmp"
 def publish(data: bytes | Iterable[bytes | memoryview], target: Path) -> None:
     """Put `data`, whole or in parts, under `target`: a temporary file in the same folder, flushed, then moved there.
 
-    Raises OutputError; `target` is then as it was and no temporary file is left.
+    Raises OutputError; `target` is then as it was and no temporary file is left, nor one of a process that was killed.
     """
+    sweep(target)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}{_SUFFIX}")
     try:
         make_folder(target.parent)
@@ -55,16 +56,16 @@ def remove(path: Path) -> None:
 
 
 def sweep(target: Path) -> None:
-    """Remove what a killed process left half-written of `target`."""
-    for path in leftovers(target.parent):
-        if path.name.startswith(f".{target.name}."):
-            remove(path)
+    """Remove what killed processes left half-written of `target`."""
+    sweep_folder(target.parent, f"{target.name}.")
 
 
-def leftovers(folder: Path) -> Iterator[Path]:
-    """Half-written files in `folder`."""
+def sweep_folder(folder: Path, start: str = "") -> None:
+    """Remove what killed processes left half-written in `folder` of files whose names begin with `start`."""
     with suppress(OSError):
-        yield from [path for path in folder.iterdir() if path.name.startswith(".") and path.suffix == _SUFFIX]
+        for path in folder.iterdir():
+            if path.name.startswith(f".{start}") and path.suffix == _SUFFIX:
+                remove(path)
 
 
 def not_written(target: Path, error: OSError) -> OutputError:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import csv
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
 from tqdm import tqdm
 
-from lora_trainer.errors import ConfigError, OutputError
+from lora_trainer.errors import ConfigError
 from lora_trainer.events import AnyEvent, EventSink, Finished, Notice, Progress, Saved, Started, StepDone, Validated
 
 GIB = 1024**3
+_LOGGER = logging.getLogger(__name__)
 PLAIN_EVERY_SECONDS = 5.0
 
 
@@ -30,7 +32,7 @@ def fan_out(*sinks: EventSink) -> Iterator[EventSink]:
 
 
 class CsvLog:
-    """`steps.csv` and `validation.csv` in `folder`, a line as it happens. Raises OutputError.
+    """`steps.csv` and `validation.csv` in `folder`, a line as it happens; none where it cannot be written.
 
     With `goes_on` what an earlier process wrote stays. A step that comes again takes its line's and all later ones'
     place.
@@ -52,7 +54,8 @@ class CsvLog:
 
     def close(self) -> None:
         for file in self._files.values():
-            file.close()
+            with suppress(OSError):
+                file.close()
         self._files.clear()
 
     def _write(self, name: str, fields: tuple[str, ...], event: StepDone | Validated) -> None:
@@ -62,7 +65,9 @@ class CsvLog:
             csv.writer(self._files[name]).writerow([getattr(event, field) for field in fields])
             self._last[name] = event.step
         except OSError as error:
-            raise OutputError(f"{self.folder / name}: cannot be written: {error.strerror}") from error
+            # The run goes on. The next line tries anew.
+            self._files.pop(name, None)
+            _LOGGER.warning("LoRA Trainer: %s: cannot be written: %s", self.folder / name, error.strerror)
 
     def _open(self, name: str, fields: tuple[str, ...], step: int) -> None:
         """With the lines of the steps before `step`."""
@@ -71,7 +76,7 @@ class CsvLog:
             self._files.pop(name).close()
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = _rows_before(path, step) if again or self.goes_on else []
+        kept = _rows_before(path, step) if again or self.goes_on or name in self._last else []
         self._files[name] = path.open("w", newline="", encoding="utf-8", buffering=1)
         csv.writer(self._files[name]).writerows([fields, *kept])
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lora_trainer.adapters.naming import TEXT_PREFIX, UNET_PREFIX, Factors, kohya_name
-from lora_trainer.errors import ModelError
+from lora_trainer.errors import ModelError, shown
 from lora_trainer.models.checkpoint import read_header
 
 _KOHYA = re.compile(r"(?P<name>lora_[a-z0-9]+_.+)\.(?P<part>lora_(?:down|up|A|B)\.weight|alpha)")
@@ -29,6 +29,9 @@ _PARTS = {
     "lora_B.weight": "up",
     "alpha": "alpha",
 }
+
+# No number beyond this is an alpha; JSON may hold whole numbers that no float can.
+_LARGEST = 1e30
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,11 @@ def read_lora(path: Path) -> Lora:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             tensors = {key: file.get_tensor(key).clone() for key in keys}
+        foreign = next((key for key, tensor in tensors.items() if tensor.is_complex()), None)
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path}: cannot be read, probably truncated ({error})") from error
+    if foreign is not None:
+        raise ModelError(f"{path}: {foreign!r} holds complex numbers; expected real ones")
     modules: dict[str, dict[str, Tensor]] = {}
     for key, (name, part) in places.items():
         modules.setdefault(name, {})[part] = tensors[key]
@@ -131,13 +137,15 @@ def _configured_alphas(path: Path, metadata: Mapping[str, str], shapes: Mapping[
         network, module = found["network"], found["name"]
         pattern = config.get(f"{network}.alpha_pattern") or {}
         if not isinstance(pattern, dict):
-            raise ModelError(f"{path}: lora_adapter_metadata: expected an object as alpha_pattern, found {pattern!r}")
+            found = shown(pattern)
+            raise ModelError(f"{path}: lora_adapter_metadata: expected an object as alpha_pattern, found {found}")
         own = (a for ending, a in pattern.items() if f".{module}".endswith(f".{ending.lstrip('^')}"))
         alpha = next(own, config.get(f"{network}.lora_alpha"))
         if alpha is None:
             continue
-        if not isinstance(alpha, (int, float)):
-            raise ModelError(f"{path}: lora_adapter_metadata: expected a number as alpha of {module}, found {alpha!r}")
+        if not isinstance(alpha, (int, float)) or abs(alpha) > _LARGEST:
+            wanted = f"expected a number as alpha of {module}, found {shown(alpha)}"
+            raise ModelError(f"{path}: lora_adapter_metadata: {wanted}")
         # Rank-stabilised LoRA scales by alpha / sqrt(r).
         stabilised = math.sqrt(shape[0]) if config.get(f"{network}.use_rslora") else 1.0
         alphas[kohya_name(prefixes[network], module)] = alpha * stabilised

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import threading
 import time
@@ -12,8 +13,8 @@ from pathlib import Path
 import msgspec
 
 from lora_trainer.config import Config, build, output_name_of
-from lora_trainer.errors import DataError, UserError
-from lora_trainer.events import AnyEvent, EventSink, Finished, Progress, Saving, StepDone
+from lora_trainer.errors import DataError, OutputError, UserError
+from lora_trainer.events import AnyEvent, EventSink, Finished, Progress, Saved, Saving, Started, StepDone, Validated
 from lora_trainer.hosts.ports import Control
 from lora_trainer.jobs.control import JobControl
 from lora_trainer.jobs.fold import Changed, Told, fold
@@ -24,7 +25,10 @@ from lora_trainer.report import report
 
 # Runs a job, from where an earlier call left it.
 Work = Callable[[str, Config, EventSink, Control], Finished]
+# What is on disk before it shows; the rest is telemetry, which comes again when a run goes on from before it.
+LIFECYCLE = (Started, Saved, Validated, Finished)
 FLUSH_SECONDS = 1.0
+_LOGGER = logging.getLogger(__name__)
 INTERRUPTED = "interrupted when the WebUI closed; Continue goes on where it was"
 
 
@@ -49,7 +53,8 @@ class JobService:
         self._changed = threading.Condition()
         self._jobs: dict[str, _Job] = {}
         self._closing = False
-        for view in read_jobs(folder):
+        # Names tell seconds; who came first in one of them, only the clock.
+        for view in sorted(read_jobs(folder), key=lambda view: view.created):
             self._jobs[view.id] = self._job(view, JobFolder(folder / view.id))
         for job in self._jobs.values():
             self._find_again(job)
@@ -63,7 +68,11 @@ class JobService:
         settings: Mapping[str, object] = msgspec.structs.asdict(config)
         head = Head(f"{stamp}-{secrets.token_hex(3)}", output_name_of(config), created, dict(settings))
         job = self._job(first_view(head), JobFolder.create(self._folder, head))
-        job.folder.append(Changed(created, "queued", "waiting"), durable=True)
+        try:
+            job.folder.append(Changed(created, "queued", "waiting"), durable=True)
+        except OutputError:
+            job.folder.discard()
+            raise
         with self._changed:
             self._jobs[head.id] = job
             self._changed.notify_all()
@@ -140,10 +149,7 @@ class JobService:
         job.control.pause()
         if job.view.state == "paused":
             return
-        try:
-            self._enter(job, "paused", INTERRUPTED)
-        except UserError:
-            job.view = fold(job.view, Changed(self._clock(), "paused", INTERRUPTED))
+        self._enter(job, "paused", INTERRUPTED)
 
     def _run(self) -> None:
         while True:
@@ -154,9 +160,6 @@ class JobService:
                 job = self._next()
             try:
                 self._do(job)
-            except UserError as error:
-                # Its history could not be written; the next job may have more luck.
-                job.view = fold(job.view, Changed(self._clock(), "failed", str(error)))
             finally:
                 job.folder.close()
 
@@ -189,17 +192,23 @@ class JobService:
         if isinstance(event, Saving) and job.view.state != "saving":
             self._enter(job, "saving")
         line = Told(self._clock(), event)
-        job.folder.append(line, durable=False)
-        if not isinstance(event, (StepDone, Progress)) or line.at - job.flushed >= FLUSH_SECONDS:
-            job.folder.flush()
-            job.flushed = line.at
-        job.view = fold(job.view, line)
+        soon = not isinstance(event, (StepDone, Progress)) or line.at - job.flushed >= FLUSH_SECONDS
+        self._record(job, line, flush=soon)
+        job.flushed = line.at if soon else job.flushed
 
     def _enter(self, job: _Job, state: State, why: str | None = None, details: str | None = None) -> None:
         if state not in FOLLOWS[job.view.state]:
             raise AssertionError(f"a job cannot go from {job.view.state} to {state}")
-        line = Changed(self._clock(), state, why, details)
-        job.folder.append(line, durable=True)
+        self._record(job, Changed(self._clock(), state, why, details))
+
+    def _record(self, job: _Job, line: Changed | Told, *, flush: bool = True) -> None:
+        """On disk, then in the view. A job does not end because its history cannot be written."""
+        try:
+            job.folder.append(line, durable=isinstance(line, Changed) or isinstance(line.event, LIFECYCLE))
+            if flush:
+                job.folder.flush()
+        except OutputError as error:
+            _LOGGER.warning("LoRA Trainer: %s", error)
         job.view = fold(job.view, line)
 
     def _fail(self, job: _Job, error: Exception, why: str) -> None:

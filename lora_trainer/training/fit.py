@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -78,12 +78,15 @@ def _steps(
             return Outcome.PAUSED, step
         planned, batches = next(updates)
         rate = loop.learning_rate(step)
+        segment.trainables.set_learning_rate(rate)
         try:
-            _update(segment, batches, rate)
+            for batch in batches:
+                segment.forward_backward(batch)
         except torch.cuda.OutOfMemoryError:
-            # Gradients are added up before an update touches anything that lasts: all is as after the last one.
+            # Only gradients were added up, and those go with the segment: all that lasts is as after the last update.
             loop.results.read()
             return Outcome.OUT_OF_MEMORY, step
+        segment.update()
         step += 1
         loop.results.add(step, planned.epoch, rate)
         pace()
@@ -96,10 +99,3 @@ def _steps(
             return Outcome.HANDED_OVER, step
     loop.results.read()
     return (Outcome.DONE if step >= steps else Outcome.STOPPED), step
-
-
-def _update(segment: Segment, batches: Sequence[Batch], learning_rate: float) -> None:
-    segment.trainables.set_learning_rate(learning_rate)
-    for batch in batches:
-        segment.forward_backward(batch)
-    segment.update()

@@ -68,8 +68,15 @@ class Output:
             paths.append(self._publish(file, assemble(self._rounded(tensors), metadata), final=final))
             self.sink(Saved(path=str(paths[-1]), step=progress.step, kind="lora" if final else "checkpoint"))
         if final:
-            self.store.publish(f"{stem}.yaml", to_yaml(self.config).encode(), final=True)
+            self._keep_settings(stem)
         return paths
+
+    def _keep_settings(self, stem: str) -> None:
+        """Beside the LoRA, whose header holds them too: a run does not fail because of them."""
+        try:
+            self.store.publish(f"{stem}.yaml", to_yaml(self.config).encode(), final=True)
+        except OutputError as error:
+            self.sink(Notice(text=f"the LoRA is saved, a copy of its settings is not: {error}", level="warning"))
 
     def _publish(self, file: str, data: bytes, *, final: bool) -> Path:
         try:

@@ -13,6 +13,7 @@ import msgspec
 from lora_trainer.config import Config, output_name_of
 from lora_trainer.errors import ModelError, OutputError, UserError
 from lora_trainer.events import EventSink, Finished, Notice
+from lora_trainer.files import sweep_folder
 from lora_trainer.hosts.ports import LoraStore
 from lora_trainer.training.data import Items
 from lora_trainer.training.states import FOLDER, Facts, Kept, StateFolder, folders, numbered
@@ -47,6 +48,8 @@ class Beginning:
 def begin(config: Config, store: LoraStore, sink: EventSink, *, resume: bool) -> Beginning:
     """Find the run to go on with, or claim a name for a new one. Raises ResumeError and OutputError."""
     wanted = output_name_of(config)
+    for folder in ("", "samples"):
+        sweep_folder(Path(config.output_dir) / folder, wanted)
     if config.trial:
         return Beginning(next(name for name in _names(wanted) if store.free(name)))
     found = _resumed(config, wanted, sink) if resume else None

@@ -26,7 +26,7 @@ from lora_trainer import __version__
 from lora_trainer.adapters.writer import in_parts
 from lora_trainer.errors import OutputError
 from lora_trainer.events import Finished
-from lora_trainer.files import leftovers, publish, remove
+from lora_trainer.files import publish, remove, sweep_folder
 from lora_trainer.training.snapshot import Snapshot
 
 FOLDER, FINISHED, LOCK = "state", "finished.json", "lock"
@@ -88,8 +88,7 @@ class StateFolder:
             pass  # a file system without locks
         except OSError as error:
             raise OutputError(f"{self.path}: cannot be written: {error.strerror or error}") from error
-        for half in leftovers(self.path):
-            remove(half)
+        sweep_folder(self.path)
         return True
 
     def release(self) -> None:

@@ -69,7 +69,8 @@ def refusal(text: str, head: str = "Not started.") -> str:
 
 def note(text: str, skipped: Sequence[str] = ()) -> str:
     """A quiet line, with what was left out."""
-    rows = "".join(f"<li>{safe(line)}</li>" for line in skipped)
+    rows = "".join(f"<li>{safe(line)}</li>" for line in skipped[:LOG_LINES])
+    rows += f"<li>… and {len(skipped) - LOG_LINES:,} more</li>" if len(skipped) > LOG_LINES else ""
     left_out = f"<details><summary>{len(skipped)} left out</summary><ul>{rows}</ul></details>" if rows else ""
     return f'<div class="lt-note">{safe(text)}{left_out}</div>'
 

@@ -179,6 +179,19 @@ def test_the_queue_survives_its_process_and_what_ran_waits_to_go_on(tmp_path, wo
         service.close()
 
 
+def test_the_order_of_the_queue_survives_too(tmp_path, work):
+    for id, created in (("20261124-1-b", 1.1), ("20261124-1-a", 1.2)):
+        settings = {"base_model": "m", "train_data_dir": "p", "output_name": id}
+        JobFolder.create(tmp_path, Head(id, "style", created, settings))
+    work.go.set()
+    service = JobService(tmp_path, work)
+    try:
+        ended(service, service.job("20261124-1-a"))
+        assert work.names == ["20261124-1-b", "20261124-1-a"]
+    finally:
+        service.close()
+
+
 def test_an_interrupted_job_that_is_stopped_runs_once_more_to_save(tmp_path, work):
     died(tmp_path, ("a", ("preparing", "training", "saving")))
     service = JobService(tmp_path, work)

@@ -555,3 +555,10 @@ def test_the_page_and_its_script_agree_on_ids():
         == set(re.findall(r"data-lora-trainer-\w+", script))
         == {"data-lora-trainer-stop", "data-lora-trainer-show"}
     )
+
+
+def test_a_thousand_files_left_out_are_not_all_listed():
+    html = live.note("1 picture received.", ["<b>"] * 1500)
+    assert html.count("<li>") == live.LOG_LINES + 1
+    assert "and 1,300 more" in html
+    assert "1500 left out" in html

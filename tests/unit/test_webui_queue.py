@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
-from collections import deque
 from dataclasses import dataclass, field
 
 import pytest
@@ -18,16 +16,15 @@ def lease(fake_webui):
     return fake_webui.host("lease").QueueLease(lambda: True, lambda: None)
 
 
-class Listed(deque):
-    """The lock's list of who waits; it notes after how many steps each was listed."""
+class Turns:
+    """`threading` as the lock sees it: it notes after how many steps each thread was listed."""
 
     def __init__(self, job) -> None:
-        super().__init__()
         self.job, self.at = job, threading.local()
 
-    def append(self, event) -> None:
+    def Event(self) -> threading.Event:
         self.at.steps = self.job["steps"]
-        super().append(event)
+        return threading.Event()
 
 
 @dataclass
@@ -47,7 +44,7 @@ class Visitor:
     def _visit(self) -> None:
         for n in range(self.times):
             time.sleep(STEP * (n % 7) / 7)
-            listed = self.lock._pending_threads.at
+            listed = self.job["turns"].at
             listed.steps = None
             with self.lock:
                 assert not self.job["busy"]
@@ -70,7 +67,7 @@ def train_until(lease, job, visitors, seconds=30.0) -> None:
 
 def new_job(fake_webui) -> dict:
     job = {"steps": 0, "busy": False}
-    fake_webui.lock._pending_threads = Listed(job)
+    job["turns"] = fake_webui("fifo_lock").threading = Turns(job)
     return job
 
 
@@ -85,27 +82,59 @@ def test_who_waits_gets_in_at_the_first_boundary(fake_webui, lease):
     assert not lease.held
 
 
-@pytest.mark.xfail(
-    sys.version_info < (3, 11),
-    reason="two waiters beat each other to Python 3.10's locks, up to 6 boundaries",
-    strict=False,
-)
-def test_two_who_wait_both_get_in(fake_webui, lease):
+@pytest.mark.parametrize("count", [2, 5])
+def test_all_who_wait_get_in_at_the_first_boundary(fake_webui, lease, count):
+    """Also while those who have had their turn come back at once and are faster than who was woken."""
     job = new_job(fake_webui)
-    visitors = [Visitor(fake_webui.lock, job, 20).start() for _ in range(2)]
+    visitors = [Visitor(fake_webui.lock, job, 50).start() for _ in range(count)]
     train_until(lease, job, visitors)
-    assert [len(visitor.waited) for visitor in visitors] == [20, 20]
-    assert max(visitor.waited[n] for visitor in visitors for n in range(20)) <= 2
+    assert [len(visitor.waited) for visitor in visitors] == [50] * count
+    assert max(n for visitor in visitors for n in visitor.waited) <= 1
 
 
 def test_who_was_woken_too_late_is_let_in_at_the_next_boundary(fake_webui, lease, monkeypatch):
     """Woken, but the job took the lock again first: the waiter is no longer listed, so it is remembered."""
-    monkeypatch.setattr(fake_webui.host("lease"), "_KNOWN_WAITER", 0.0)
+    monkeypatch.setattr(fake_webui.host("lease"), "_PATIENCE", 0.0)
     job = new_job(fake_webui)
     visitor = Visitor(fake_webui.lock, job, 20).start()
     train_until(lease, job, [visitor])
     assert len(visitor.waited) == 20
     assert max(visitor.waited) <= 3
+
+
+def test_who_holds_the_lock_for_long_is_waited_for(fake_webui, lease):
+    visitors = [threading.Thread(target=hold, args=(fake_webui.lock, 0.4), daemon=True) for _ in range(2)]
+    with lease.hold():
+        for visitor in visitors:
+            visitor.start()
+        while len(fake_webui.lock._pending_threads) < 2:
+            time.sleep(STEP / 4)
+        lease.hand_over()
+        assert lease.held
+        assert fake_webui.lock._lock.locked()
+        for visitor in visitors:
+            visitor.join(0.2)
+            assert not visitor.is_alive()
+
+
+def hold(lock, seconds) -> None:
+    with lock:
+        time.sleep(seconds)
+
+
+def test_who_waits_no_longer_is_not_waited_for(fake_webui, lease):
+    """A listed thread that died; the second one's event lives on, as in a debugger."""
+    kept = threading.Event()
+    fake_webui.lock._pending_threads.extend([threading.Event(), kept])
+    with lease.hold():
+        began = time.perf_counter()
+        assert all(lease.hand_over() for _ in range(5))
+        assert time.perf_counter() - began < 2
+        del kept
+        began = time.perf_counter()
+        assert all(lease.hand_over() for _ in range(1000))
+        assert time.perf_counter() - began < 0.5
+    assert not fake_webui.lock._lock.locked()
 
 
 def test_nobody_waits_nothing_is_released(fake_webui, lease):

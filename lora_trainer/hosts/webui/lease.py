@@ -4,35 +4,40 @@ from __future__ import annotations
 
 import gc
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import Event
+from weakref import WeakSet
 
 from modules import devices, shared
 from modules.call_queue import queue_lock
 
 JOB = "LoRA training"
-_GRACE, _KNOWN_WAITER, _POLL = 0.02, 0.25, 0.0002
+# Seconds in which a woken thread takes a free lock, one that was late before, and between two looks.
+_PATIENCE, _OVERDUE, _POLL = 0.25, 0.02, 0.0002
 
 
 @dataclass
 class QueueLease:
     """`queue_lock` as a GpuLease. `still_ours` is asked after somebody else has had the lock, `give_back` at the end.
 
-    The lock wakes who waits but does not hand itself over: who releases can take it again first, and whoever was
-    woken then waits unlisted. So after a release we wait until another holder is seen, and when none was seen in time
-    we let go at the next boundary too.
+    The lock wakes who waits but does not hand itself over: who comes by, or releases it, can take it first, and
+    whoever was woken then waits unlisted. So everybody is noted when listed, and at a boundary the lock is let go until
+    each of those has had it. Who does not take it in time stays noted for the next boundary.
     """
 
     still_ours: Callable[[], bool]
     give_back: Callable[[], None]
     held: bool = field(default=False, init=False)
-    _owed: bool = field(default=False, init=False)
+    # The event a thread waits for is its own, and is gone as soon as the thread has the lock.
+    _waiting: WeakSet[Event] = field(default_factory=WeakSet, init=False)
     _disturbed: bool = field(default=False, init=False)
 
     @contextmanager
     def hold(self) -> Iterator[None]:
-        with queue_lock:
+        with _noted(self._waiting), queue_lock:
             shared.state.begin(job=JOB)
             self.held = True
             try:
@@ -48,22 +53,24 @@ class QueueLease:
                     devices.torch_gc()
 
     def hand_over(self, make_room: Callable[[], object] = lambda: None) -> bool:
-        waiting = _waiting()
-        if not waiting and not self._owed:
+        if not self._waiting:
             return self._undisturbed()
         make_room()
         mirrored = _Mirror.of(shared.state)
-        queue_lock.release()
-        try:
-            seen = _another_holder(_KNOWN_WAITER if waiting else _GRACE)
-        finally:
-            queue_lock.acquire()
-        self._owed = waiting and not seen
+        self._let_in()
         # What was interrupted was theirs: `begin` forgets it.
         shared.state.begin(job=JOB)
         mirrored.put(shared.state)
         self._disturbed = True
         return self._undisturbed()
+
+    def _let_in(self) -> None:
+        """Those who wait now; who comes meanwhile is let in at the next boundary, or training would never go on."""
+        with queue_lock._inner_lock:
+            waiting = WeakSet(self._waiting)
+            patience = _PATIENCE if queue_lock._pending_threads else _OVERDUE
+        while waiting and _let_one_in(waiting, patience):
+            pass
 
     def disturb(self) -> None:
         """Somebody has used the model: at the next boundary it is looked at."""
@@ -90,15 +97,48 @@ class _Mirror:
         state.job_no, state.job_count, state.textinfo = self.job_no, self.job_count, self.textinfo
 
 
-def _waiting() -> bool:
-    return bool(queue_lock._pending_threads)
+@contextmanager
+def _noted(waiting: WeakSet[Event]) -> Iterator[None]:
+    """Whoever the lock lists is in `waiting` too. The lock looks at its list only under its inner lock."""
+    before, listed = queue_lock._pending_threads, _Listed(waiting)
+    _move(before, listed)
+    try:
+        yield
+    finally:
+        _move(listed, before)
 
 
-def _another_holder(seconds: float) -> bool:
-    """Whether somebody took the lock within `seconds` of our release."""
-    deadline = time.perf_counter() + seconds
-    while time.perf_counter() < deadline:
-        if queue_lock._lock.locked():
-            return True
-        time.sleep(_POLL)
-    return False
+def _move(before: deque[Event], after: deque[Event]) -> None:
+    """`after` as the lock's list in place of `before`."""
+    with queue_lock._inner_lock:
+        while before:
+            after.append(before.popleft())
+        queue_lock._pending_threads = after
+
+
+class _Listed(deque[Event]):
+    """The lock's list of who waits."""
+
+    def __init__(self, waiting: WeakSet[Event]) -> None:
+        super().__init__()
+        self._waiting = waiting
+
+    def append(self, event: Event) -> None:
+        self._waiting.add(event)
+        super().append(event)
+
+
+def _let_one_in(waiting: WeakSet[Event], patience: float) -> bool:
+    """Let go of the lock once. Whether somebody took it within `patience` seconds."""
+    count, taken = len(waiting), False
+    deadline = time.perf_counter() + patience
+    queue_lock.release()
+    try:
+        while not taken and time.perf_counter() < deadline:
+            taken = queue_lock._lock.locked() or len(waiting) < count
+            if not taken:
+                time.sleep(_POLL)
+    finally:
+        # Behind those who are listed, and for as long as they need.
+        queue_lock.acquire()
+    return taken
