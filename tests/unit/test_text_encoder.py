@@ -23,7 +23,9 @@ from lora_trainer.sampling import Recipe
 from lora_trainer.training import segment as segments
 from lora_trainer.training.precision import Precision
 from lora_trainer.training.step import Batch
+from lora_trainer.training.tier import Tier
 from tests.tiny import tiny_state
+from tests.unit.test_kernels import HALF, triton_ops
 from tests.unit.test_run import of, train, weights
 
 CPU = torch.device("cpu")
@@ -51,6 +53,7 @@ def opened(path: Path, *, clip_skip: int | None = None, heard: bool = True, **ch
     with segments.open_segment(config, model_at(path, clip_skip), None) as segment:
         for slot in segment.trainables.slots if heard else ():
             slot.of(segment.trainables.masters).normal_(std=0.1, generator=torch.Generator().manual_seed(slot.start))
+        segment.working.refresh()
         yield segment
 
 
@@ -73,7 +76,9 @@ def test_an_untrained_lora_changes_nothing_of_the_embedding(deep, clip_skip):
     frozen = torch.cat([model_at(deep, clip_skip).text.embed(caption) for caption in (LONG, OTHER)])
     with opened(deep, clip_skip=clip_skip, heard=False) as segment:
         got = segment.network.encode(batch(segment.model).ids)
-        assert len(segment.adapters["text_encoder"].layers) == 6 * (4 - clip_skip)
+        starts = [f.down for f in segment.adapters["text_encoder"].factors().values()]
+        assert len(starts) == 6 * (4 - clip_skip)
+        assert len({start[0, 0].item() for start in starts}) == len(starts)
     assert got.shape == (2, 154, 16)
     torch.testing.assert_close(got, frozen, rtol=0, atol=1e-5)
 
@@ -147,6 +152,31 @@ def test_checkpointed_layers_run_again_with_the_same_masks(deep, monkeypatch):
             seen.append((len(calls), segment.trainables.grads.clone()))
     assert [count for count, _ in seen] == [3, 6]
     assert torch.equal(seen[0][1], seen[1][1])
+
+
+def text_gradients(segment):
+    """(embedding, the text encoder's gradients) under dropout masks."""
+    given, network = batch(segment.model), segment.network
+    with torch.no_grad(), network.dropout.recording(("text",), given.mask_keys):
+        network.encode(given.ids)
+    with network.dropout.masks(("text",), given.mask_keys):
+        embedded = network.encode(given.ids).float()
+        (embedded * torch.linspace(-1, 1, embedded.numel()).view_as(embedded)).sum().backward()
+    segment.working.collect()
+    return embedded.detach(), segment.trainables.grads[segment.trainables.groups[1].start :].clone()
+
+
+def test_the_triton_kernels_compute_the_same_in_half_precision(deep, monkeypatch):
+    ops, dtype = triton_ops(), HALF
+    with opened(deep, lora_dropout=0.3) as segment:
+        expected, expected_grads = text_gradients(segment)
+    tier = Tier(ops, False, torch.contiguous_format, {}, ())
+    monkeypatch.setattr(segments, "choose_tier", lambda *given: tier)
+    monkeypatch.setattr(segments, "resolve", lambda *given: (Precision(CPU, dtype), None))
+    with opened(deep, lora_dropout=0.3) as segment:
+        got, grads = text_gradients(segment)
+    assert (got - expected).norm() < 5e-3 * expected.norm()
+    assert (grads - expected_grads).norm() < 1e-2 * expected_grads.norm()
 
 
 class NoWaiting(TorchDispatchMode):
