@@ -1,11 +1,12 @@
 # Everything is installed into .venv, on first use and again when pyproject.toml or constraints.txt change.
 #   make demo [OUT=folder]    train a small LoRA on the bundled model and draw a contact sheet
 #   make test | test-slow     the quick tests | those that take minutes
+#   make soak                 2,000 jobs in one process, and what of them stays
 #   make lint | format        check the style | apply it
 PYTHON ?= python3
 VENV ?= .venv
 
-.PHONY: demo test test-slow lint format
+.PHONY: demo test test-slow soak lint format
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.ready
@@ -15,7 +16,10 @@ test: $(VENV)/.ready
 	$(VENV)/bin/python -m pytest -m "not slow and not gpu"
 
 test-slow: $(VENV)/.ready
-	$(VENV)/bin/python -m pytest -m "slow and not gpu"
+	$(VENV)/bin/python -m pytest -m "slow and not gpu and not soak"
+
+soak: $(VENV)/.ready
+	$(VENV)/bin/python -m pytest -m soak -s tests/soak
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .
