@@ -9,12 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lora_trainer.adapters.naming import TEXT_PREFIX, UNET_PREFIX, Factors, kohya_name
 from lora_trainer.errors import ModelError, shown
-from lora_trainer.models.checkpoint import read_header
+from lora_trainer.models.checkpoint import read_header, stored_tensors
 
 _KOHYA = re.compile(r"(?P<name>lora_[a-z0-9]+_.+)\.(?P<part>lora_(?:down|up|A|B)\.weight|alpha)")
 # Older diffusers says lora.down, and lora_linear_layer.down in the text encoder.
@@ -57,12 +56,8 @@ def read_lora(path: Path) -> Lora:
         raise ModelError(
             f"{path}: {len(strange)} of {len(keys)} tensors are of another adapter, such as {strange[0]!r}"
         )
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            tensors = {key: file.get_tensor(key).clone() for key in keys}
-        foreign = next((key for key, tensor in tensors.items() if tensor.is_complex()), None)
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path}: cannot be read, probably truncated ({error})") from error
+    tensors = dict(stored_tensors(path))
+    foreign = next((key for key, tensor in tensors.items() if tensor.is_complex()), None)
     if foreign is not None:
         raise ModelError(f"{path}: {foreign!r} holds complex numbers; expected real ones")
     modules: dict[str, dict[str, Tensor]] = {}
