@@ -10,10 +10,10 @@ import os
 import re
 import signal
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis.strategies import SearchStrategy
 
 from lora_trainer.errors import MAX_LINE, MAX_LINES, UserError
@@ -22,11 +22,17 @@ from tests.fuzz.watch import ARENA
 TIMES = int(os.environ.get("FUZZ_TIMES", "0"))
 SECONDS, STUCK = 2, 30
 COUNTS: Counter[str] = Counter()
+WORKED: Counter[str] = Counter()
+REFUSED: Counter[str] = Counter()
+_TARGET = [""]
 _UNSEEN = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
-def fuzz(target: str, cases: int, **strategies: SearchStrategy) -> Callable[[Callable], Callable]:
-    """A property over `strategies`; `cases` of it run in CI. Every case is watched, timed and counted."""
+def fuzz(
+    target: str, cases: int, known: Sequence[Mapping[str, object]] = (), **strategies: SearchStrategy
+) -> Callable[[Callable], Callable]:
+    """A property over `strategies`; `cases` of it run in CI, and the `known` ones always. Every case is watched, timed
+    and counted."""
     profile = settings(
         max_examples=cases * (TIMES or 1),
         derandomize=not TIMES,
@@ -39,8 +45,11 @@ def fuzz(target: str, cases: int, **strategies: SearchStrategy) -> Callable[[Cal
         def case(**drawn: object) -> None:
             COUNTS[target] += 1
             with _not_stuck(), ARENA.watched():
+                _TARGET[0] = target
                 check(**drawn)
 
+        for one in known:
+            case = example(**one)(case)
         return profile(given(**strategies)(case))
 
     return decorate
@@ -71,7 +80,10 @@ def works_or_refuses() -> Iterator[None]:
     try:
         yield
     except UserError as error:
+        REFUSED[_TARGET[0]] += 1
         readable(str(error))
+    else:
+        WORKED[_TARGET[0]] += 1
 
 
 def readable(text: str) -> None:

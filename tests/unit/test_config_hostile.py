@@ -26,6 +26,9 @@ NEEDED = {"base_model": "b.safetensors", "train_data_dir": "d"}
         ("training_comment", "half a pair \udc00"),
         ("sample_prompts", ["fine", "\ud800"]),
         ("output_dir", "a\0b"),
+        ("training_comment", "x" * 20_000),
+        ("sample_prompts", ["x" * 1000] * 20),
+        ("target_modules", ["x"] * 2000),
         ("train_data_dir", "a\0b"),
     ],
 )
