@@ -1,11 +1,12 @@
 # Everything is installed into .venv, on first use and again when pyproject.toml or constraints.txt change.
 #   make demo [OUT=folder]    train a small LoRA on the bundled model and draw a contact sheet
 #   make test | test-slow     the quick tests | those that take minutes
+#   make fuzz                 hostile input: a quarter of a million random cases, in about half an hour
 #   make lint | format        check the style | apply it
 PYTHON ?= python3
 VENV ?= .venv
 
-.PHONY: demo test test-slow lint format
+.PHONY: demo test test-slow fuzz lint format
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.ready
@@ -16,6 +17,10 @@ test: $(VENV)/.ready
 
 test-slow: $(VENV)/.ready
 	$(VENV)/bin/python -m pytest -m "slow and not gpu"
+
+# `make test` runs the same properties with few cases, always the same ones.
+fuzz: $(VENV)/.ready
+	FUZZ_TIMES=80 $(VENV)/bin/python -m pytest tests/fuzz
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .

@@ -93,15 +93,14 @@ def with_length(header: str) -> bytes:
     return struct.pack("<Q", len(header.encode())) + header.encode()
 
 
-def lora(rank: int = 2) -> bytes:
-    name = "lora_unet_down_blocks_0_attentions_0_proj_in"
+def lora(rank: int = 2, name: str = "lora_unet_down_blocks_0_attentions_0_proj_in", **metadata: str) -> bytes:
     return save(
         {
             f"{name}.lora_down.weight": torch.ones(rank, 3),
             f"{name}.lora_up.weight": torch.ones(3, rank),
             f"{name}.alpha": torch.tensor(1.0),
         },
-        metadata={"ss_steps": "10", HEADER_KEY: '{"lora_rank": 2}'},
+        metadata={"ss_steps": "10", HEADER_KEY: '{"lora_rank": 2}', **metadata},
     )
 
 
@@ -126,7 +125,12 @@ def use(path) -> None:
         read_file(path)
 
 
-@fuzz("safetensors", 150, content=tensors())
+PAIR = {"unet.a.lora_A.weight": torch.ones(2, 3), "unet.a.lora_B.weight": torch.ones(3, 2)}
+HUGE = '{"unet.use_rslora": true, "unet.lora_alpha": 1' + "0" * 400 + "}"
+KNOWN = [lora(name=MODULES[-3]), lora(ss_sd_model_name="\x1b[2J\n"), save(PAIR, {"lora_adapter_metadata": HUGE})]
+
+
+@fuzz("safetensors", 150, [{"content": content} for content in KNOWN], content=tensors())
 def test_any_tensors(content):
     use(file("tensors.safetensors", content))
 
