@@ -1,6 +1,6 @@
 """How many cases run, how long one may take, and what a refusal may look like.
 
-`make test` runs a few, always the same; `make fuzz` (FUZZ_TIMES=90) that many times as many, at random.
+`make test` runs a few, always the same; `make fuzz` (FUZZ_TIMES=72) that many times as many, at random.
 """
 
 from __future__ import annotations

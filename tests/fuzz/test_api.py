@@ -86,6 +86,8 @@ def client():
     from lora_trainer.api import mount
 
     app = fastapi.FastAPI()
+    # The client stumbles over where a redirect from a nonsensical host would lead.
+    app.router.redirect_slashes = False
     mount(app, host())
     with TestClient(app, base_url="http://webui.example", raise_server_exceptions=True) as client:
         yield client
@@ -99,7 +101,7 @@ def ask(client):
         encoded = quote(path.encode("utf-8", "replace")[:2000], safe="/%")
         raw = {name: value.encode("latin-1", "replace") for name, value in headers.items()}
         with said() as told:
-            response = client.request(method, PREFIX + encoded, headers=raw, content=body, follow_redirects=False)
+            response = client.request(method, PREFIX + encoded, headers=raw, content=body)
         return response, told.getvalue()
 
     return send
@@ -111,7 +113,7 @@ METHODS = st.sampled_from(["GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS"])
 @fuzz("api", 120, method=METHODS, path=PATHS, headers=HEADERS, body=BODIES)
 def test_any_request(ask, method, path, headers, body):
     response, told = ask(method, path, headers, body)
-    if method != "HEAD" and response.status_code // 100 != 3:
+    if method != "HEAD":
         fair(response.status_code, response.content)
     assert response.status_code < 500
     if headers["authorization"] != basic(USER, PASSWORD) and response.status_code == 200:
