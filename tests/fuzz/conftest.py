@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 from tests.fuzz.harness import COUNTS, REFUSED, WORKED
+
+# Pipes, links and timers of POSIX.
+collect_ignore_glob = ["test_*.py"] if os.name == "nt" else []
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
