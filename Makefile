@@ -3,11 +3,12 @@
 #   make test | test-slow     the quick tests | those that take minutes
 #   make test-chaos           kill and starve a job everywhere: minutes
 #   make soak                 2,000 jobs in one process, and what of them stays
+#   make fuzz                 hostile input: over 200,000 random cases, in about half an hour
 #   make lint | format        check the style | apply it
 PYTHON ?= python3
 VENV ?= .venv
 
-.PHONY: demo test test-slow test-chaos soak lint format
+.PHONY: demo test test-slow test-chaos soak fuzz lint format
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.ready
@@ -24,6 +25,10 @@ test-chaos: $(VENV)/.ready
 
 soak: $(VENV)/.ready
 	$(VENV)/bin/python -m pytest -m soak -s tests/soak
+
+# `make test` runs the same properties with few cases, always the same ones.
+fuzz: $(VENV)/.ready
+	FUZZ_TIMES=72 $(VENV)/bin/python -m pytest tests/fuzz
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .

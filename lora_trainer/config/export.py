@@ -20,7 +20,19 @@ TABLE_START, TABLE_END = "<!-- options:start -->", "<!-- options:end -->"
 
 def to_yaml(config: Config) -> str:
     """The whole config; reading it back gives an equal one."""
-    return yaml.safe_dump(msgspec.structs.asdict(config), sort_keys=False, allow_unicode=True)
+    return yaml.dump(msgspec.structs.asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+class _Dumper(yaml.SafeDumper):
+    """PyYAML folds a text at its line breaks, and loses those of Unicode when it is read again."""
+
+
+def _text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    style = '"' if any(character in text for character in "\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style)
+
+
+_Dumper.add_representer(str, _text)
 
 
 def to_header(config: Config) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from msgspec import structs
+
 from lora_trainer.config.schema import PATHS, Config
 from lora_trainer.errors import shown
 
@@ -12,6 +14,7 @@ from lora_trainer.errors import shown
 FORBIDDEN = re.compile(r'[:<>,/\\|?*"\x00-\x1f\x7f]')
 RESERVED = {"none", "addams", "con", "prn", "aux", "nul"} | {f"{d}{n}" for d in ("com", "lpt") for n in range(1, 10)}
 MAX_NAME_BYTES = 150
+MAX_TEXT, MAX_ENTRIES = 10_000, 1_000
 
 
 def problems(config: Config) -> list[str]:
@@ -64,4 +67,14 @@ def _name(config: Config) -> Iterator[str]:
         yield f"output_name: expected at most {MAX_NAME_BYTES} bytes, found {len(name.encode())}"
 
 
-RULES = (_paths, _validation, _previews, _text_encoder, _warmup, _name)
+def _size(config: Config) -> Iterator[str]:
+    for key, value in structs.asdict(config).items():
+        if isinstance(value, list) and len(value) > MAX_ENTRIES:
+            yield f"{key}: expected at most {MAX_ENTRIES:,} entries, found {len(value):,}"
+        # What is accepted must fit the YAML file beside the output, and that be read again.
+        length = sum(map(len, value)) if isinstance(value, list) else len(value) if isinstance(value, str) else 0
+        if length > MAX_TEXT:
+            yield f"{key}: expected at most {MAX_TEXT:,} characters, found {length:,}"
+
+
+RULES = (_size, _paths, _validation, _previews, _text_encoder, _warmup, _name)

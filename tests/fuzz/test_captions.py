@@ -62,11 +62,14 @@ def test_any_bytes(content, suffix):
     read(f"metadata{suffix}", content)
 
 
+PAIR = st.fixed_dictionaries({"file_name": TEXT | VALUES, "text": TEXT | VALUES})
 ENTRY = st.dictionaries(st.sampled_from(["file_name", "text", "image", "caption", "x"]) | TEXT, VALUES, max_size=4)
-LINES = st.lists(ENTRY.map(dumps) | VALUES.map(dumps) | pieces(['{"', '":', ",", "[", "}"], 6), max_size=5)
+OBJECTS = PAIR.map(dumps) | ENTRY.map(dumps) | VALUES.map(dumps)
+LINES = st.lists(OBJECTS | pieces(['{"', '":', ",", "[", "}"], 6), max_size=5)
+KNOWN = ["[" * 10**5, '{"file_name": "\\ud800.png", "text": "a"}', '{"file_name": "a", "text": ' + "9" * 5000 + "}"]
 
 
-@fuzz("captions", 100, lines=LINES)
+@fuzz("captions", 100, [{"lines": [line]} for line in KNOWN], lines=LINES)
 def test_any_json_lines(lines):
     read("metadata.jsonl", "\n".join(lines).encode("utf-8", "surrogatepass"))
 

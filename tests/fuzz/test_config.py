@@ -24,11 +24,20 @@ YAML += [
     *("1_000", "0o17", "0b11", "190:20:30", "190:20:30.15", ".inf", "2001-12-14t21:59:43.10-05:00", "\t"),
     *options(),
 ]
-# Lists of lists by reference: a few lines stand for 9 to the power of 9 values.
-REFERENCES = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
-    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 10)
-)
-SEEDS = [template().encode(), (REFERENCES + "lora_rank: *a9\n").encode(), b"lora_rank: 8\nsample_prompts: [a, b]\n"]
+SCALARS = ["'", '"', '""', "x", "9" * 5000, "0x" + "f" * 5000, "0b" + "1" * 20_000, "1:2" * 3000]
+SCALARS += [":".join(["1"] * 300) + ".5", "1e999", "-.inf", ".nan", "=", "*a", "&a x", "0o9", "1_2", "[a]"]
+SCALARS += ["1:59.5", "2024-13-01", "{a: b}", "~"]
+TAGS = ["", "!!int ", "!!float ", "!!bool ", "!!timestamp ", "!!binary ", "!!null ", "!!str ", "!!set ", "! "]
+
+
+def references(first: str, line: str) -> str:
+    """A few lines that stand for 9 to the power of 9 values."""
+    lines = [f"a{n}: &a{n} {line.format(', '.join([f'*a{n - 1}'] * 9))}" for n in range(1, 10)]
+    return "\n".join([f"a0: &a0 {first}", *lines, "lora_rank: *a9", "<<: *a9"])
+
+
+SEEDS = [template().encode(), b"lora_rank: 8\nsample_prompts: [a, b]\n"]
+SEEDS += [references("[x, x, x]", "[{}]").encode(), references("{x: 1}", "{{<<: [{}]}}").encode()]
 
 
 def usable(*sources) -> None:
@@ -46,10 +55,15 @@ def test_any_settings(settings):
         usable(settings)
 
 
-@fuzz("config", 40, key=st.sampled_from(list(options())), value=VALUES)
-def test_any_value_of_an_option(key, value):
-    with works_or_refuses():
-        usable({key: value})
+HARD = [10**400, -(10**400), "1" + "0" * 400, "9" * 5000, "\ud800", ["\ud800"], "a\0b"]
+HARD += [[[[[[1]]]]], "x" * 10**6, [1] * 10**5]
+
+
+@fuzz("config", 30, [{"value": value} for value in HARD], value=VALUES)
+def test_any_value_of_any_option(value):
+    for key in options():
+        with works_or_refuses():
+            usable({key: value})
 
 
 @fuzz("config", 70, content=pieces(YAML) | pieces(YAML).map("lora_rank: ".__add__))
@@ -58,7 +72,25 @@ def test_yaml_text(content):
         usable(read_file(file("settings.yaml", content)))
 
 
-@fuzz("config", 40, content=mutated(SEEDS, front=5000), suffix=st.sampled_from([".yaml", ".yml", ".json", ".YAML"]))
+KEY = st.sampled_from(["lora_rank", "learning_rate", "training_comment", "sample_prompts", "trial", "x"])
+
+
+LONG = [{"key": "lora_rank", "tag": "", "scalar": scalar} for scalar in SCALARS]
+
+
+@fuzz("config", 70, LONG, key=KEY, tag=st.sampled_from(TAGS), scalar=st.sampled_from(SCALARS) | TEXT)
+def test_yaml_values(key, tag, scalar):
+    with works_or_refuses():
+        usable(read_file(file("value.yaml", f"{key}: {tag}{scalar}")))
+    with works_or_refuses():
+        usable(parse_overrides([f"{key}={tag}{scalar}"]))
+
+
+WHOLE = [{"content": seed, "suffix": ".yaml"} for seed in SEEDS]
+SUFFIX = st.sampled_from([".yaml", ".yml", ".json", ".YAML"])
+
+
+@fuzz("config", 40, WHOLE, content=mutated(SEEDS, front=5000), suffix=SUFFIX)
 def test_yaml_with_damage(content, suffix):
     with works_or_refuses():
         usable(read_file(file(f"damaged{suffix}", content)))
@@ -74,9 +106,16 @@ INNER = SETTINGS.map(dumps) | VALUES.map(dumps) | st.just("[" * 5000) | st.just(
 HEADERS = st.fixed_dictionaries({"__metadata__": st.fixed_dictionaries({HEADER_KEY: INNER}) | VALUES}) | VALUES
 
 
-@fuzz("config", 60, header=HEADERS, length=st.none() | st.integers(0, 2**64 - 1), tail=st.binary(max_size=8))
+DEEP = [{"header": "[" * 10**5, "length": None, "tail": b""}, {"header": {}, "length": 2**63, "tail": b""}]
+DEEP += [
+    {"header": {"__metadata__": {HEADER_KEY: inner}}, "length": None, "tail": b""}
+    for inner in ("[" * 10**5, "[[1, 2]]", '{"lora_rank": 8}')
+]
+
+
+@fuzz("config", 60, DEEP, header=HEADERS, length=st.none() | st.integers(0, 2**64 - 1), tail=st.binary(max_size=8))
 def test_headers(header, length, tail):
-    data = dumps(header).encode()
+    data = header.encode() if isinstance(header, str) and header[:2] == "[[" else dumps(header).encode()
     start = struct.pack("<Q", len(data) if length is None else length)
     with works_or_refuses():
         usable(read_file(file("header.safetensors", start + data + tail)))

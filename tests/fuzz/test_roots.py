@@ -53,7 +53,8 @@ PARTS += [str(ARENA.inside), str(ARENA.outside), "proc/self/cwd", "dev/zero", "o
 PATHS = st.lists(st.sampled_from(PARTS) | TEXT, max_size=8).flatmap(
     lambda parts: st.sampled_from(["/", "", "\\", f"/{os.sep}"]).map(lambda between: between.join(parts))
 )
-BELOW = PATHS.map(lambda path: f"{ARENA.inside}/{path}") | PATHS
+WAYS = st.sampled_from(["out", "chain", "loop", "pipe", "cats", "out/pictures", "chain/a.png", "out/.."])
+BELOW = (WAYS | PATHS).map(lambda path: f"{ARENA.inside}/{path}") | PATHS
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -20,7 +20,7 @@ from lora_trainer.errors import ModelError
 from lora_trainer.models.checkpoint import PARTS, read_shapes, read_tensors
 from lora_trainer.models.families import detect
 from tests.fuzz.harness import fuzz, readable, works_or_refuses
-from tests.fuzz.inputs import SETTINGS, TEXT, VALUES, dumps, file, mutated
+from tests.fuzz.inputs import NUMBERS, SETTINGS, TEXT, UNICODE, VALUES, dumps, file, mutated
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 CPU = torch.device("cpu")
@@ -41,30 +41,35 @@ NAMES = st.sampled_from([*KNOWN, *DIFFUSERS, *(module + part for module in MODUL
 SIZES = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8, "I64": 8, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "C64": 8, "F4": 1}
 SIZES |= {"I8": 1, "F8_E8M0": 1, "U16": 2, "F6_E2M3": 1, "nonsense": 4}
 SHAPES = st.sampled_from([[], [1], [2, 3], [3, 2], [4, 3, 1, 1], [3, 4, 1, 1], [0, 3], [3, 0], [1, 1, 1], [2, 2, 3, 3]])
-ALPHA = {"unet.lora_alpha": VALUES, "unet.alpha_pattern": VALUES, "unet.use_rslora": VALUES}
+AMOUNT = NUMBERS | VALUES
+PATTERN = st.dictionaries(st.sampled_from(["a", "^a", "unet.a", ""]) | TEXT, AMOUNT, max_size=2)
+ALPHA = {"unet.lora_alpha": AMOUNT, "unet.alpha_pattern": PATTERN | VALUES, "unet.use_rslora": VALUES}
 METADATA = st.fixed_dictionaries(
     {},
     optional={
-        "lora_adapter_metadata": st.fixed_dictionaries({}, optional=ALPHA).map(dumps) | VALUES.map(dumps) | TEXT,
-        "ss_sd_model_name": TEXT,
-        "modelspec.architecture": TEXT,
-        "sshs_model_hash": TEXT,
-        HEADER_KEY: SETTINGS.map(dumps) | VALUES,
+        "lora_adapter_metadata": st.fixed_dictionaries({}, optional=ALPHA).map(dumps) | VALUES.map(dumps) | UNICODE,
+        "ss_sd_model_name": UNICODE,
+        "modelspec.architecture": UNICODE,
+        "sshs_model_hash": UNICODE,
+        HEADER_KEY: SETTINGS.map(dumps) | UNICODE,
     },
 )
 
 
 @st.composite
 def pairs(draw: st.DrawFn) -> dict[str, tuple[str, list[int]]]:
-    """(dtype, shape) of the tensors of whole LoRA modules."""
+    """(dtype, shape) of the tensors of whole LoRA modules, kohya's or diffusers'."""
+    kinds = st.sampled_from(["F32", "F16", "BF16", "F64", "F8_E4M3", "C64"])
+    if draw(st.booleans()):
+        return {"unet.a.lora_A.weight": (draw(kinds), [2, 3]), "unet.a.lora_B.weight": (draw(kinds), [3, 2])}
     shapes = {".lora_down.weight": [2, 3], ".lora_up.weight": [3, 2], ".alpha": []}
-    modules = draw(st.lists(st.sampled_from(MODULES), min_size=1, max_size=3, unique=True))
-    kinds = st.sampled_from(["F32", "F16", "BF16", "F8_E4M3", "F64"])
+    modules = draw(st.lists(st.sampled_from(MODULES), min_size=1, max_size=2, unique=True))
     return {module + part: (draw(kinds), shape) for module in modules for part, shape in shapes.items()}
 
 
 ENTRIES = pairs() | st.dictionaries(NAMES, st.tuples(st.sampled_from(list(SIZES)), SHAPES), max_size=6)
-NUMBERS = st.sampled_from([b"\0\0\x80\x7f", b"\xff\xff\xff\xff", b"\0\0\0\0", b"\0\x3c\0\x3c", b"\xff\xff\x7f\x7f"])
+ODD = [struct.pack("<d", number) for number in (1e200, 1e308, 5e-324, float("nan"))]
+ODD += [struct.pack("<f", number) for number in (1.0, 3e38, float("inf"), -0.0)]
 
 
 @st.composite
@@ -80,7 +85,7 @@ def tensors(draw: st.DrawFn) -> bytes:
             header[name][draw(st.sampled_from(["dtype", "shape", "data_offsets"]))] = draw(VALUES)
     if draw(st.booleans()):
         header["__metadata__"] = draw(METADATA)
-    numbers = draw(NUMBERS | st.binary(min_size=4, max_size=16))
+    numbers = draw(st.sampled_from(ODD) | st.binary(min_size=4, max_size=16))
     return with_length(dumps(header)) + (numbers * (at // 4 + 1))[:at]
 
 
@@ -88,15 +93,14 @@ def with_length(header: str) -> bytes:
     return struct.pack("<Q", len(header.encode())) + header.encode()
 
 
-def lora(rank: int = 2) -> bytes:
-    name = "lora_unet_down_blocks_0_attentions_0_proj_in"
+def lora(rank: int = 2, name: str = "lora_unet_down_blocks_0_attentions_0_proj_in", **metadata: str) -> bytes:
     return save(
         {
             f"{name}.lora_down.weight": torch.ones(rank, 3),
             f"{name}.lora_up.weight": torch.ones(3, rank),
             f"{name}.alpha": torch.tensor(1.0),
         },
-        metadata={"ss_steps": "10", HEADER_KEY: '{"lora_rank": 2}'},
+        metadata={"ss_steps": "10", HEADER_KEY: '{"lora_rank": 2}', **metadata},
     )
 
 
@@ -121,7 +125,12 @@ def use(path) -> None:
         read_file(path)
 
 
-@fuzz("safetensors", 150, content=tensors())
+PAIR = {"unet.a.lora_A.weight": torch.ones(2, 3), "unet.a.lora_B.weight": torch.ones(3, 2)}
+HUGE = '{"unet.use_rslora": true, "unet.lora_alpha": 1' + "0" * 400 + "}"
+HARD = [lora(name=MODULES[-3]), lora(ss_sd_model_name="\x1b[2J\n"), save(PAIR, {"lora_adapter_metadata": HUGE})]
+
+
+@fuzz("safetensors", 150, [{"content": content} for content in HARD], content=tensors())
 def test_any_tensors(content):
     use(file("tensors.safetensors", content))
 

@@ -39,6 +39,10 @@ ATTRIBUTES = {"class", "role", "title", "type", "style", "tabindex", "points", "
 ATTRIBUTES |= {"data-active", "data-beat", "data-at", "data-lora-trainer-stop", "data-lora-trainer-show"}
 
 
+MARKUP = st.sampled_from(["<script>alert(1)</script>", "'\"><img src=x onerror=x>", "</div><!--", "<b>x"])
+WORDS = MARKUP | TEXT
+
+
 class Page(HTMLParser):
     """Fails on what a page of ours never holds, and on a tag that is not closed in order."""
 
@@ -85,10 +89,10 @@ def handlers() -> Handlers:
     return Handlers(host(), lambda **changes: changes)
 
 
-CHANGES = st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=4)
+CHANGES = st.dictionaries(st.sampled_from(KEYS), WORDS | VALUES, max_size=4)
 
 
-@fuzz("tab", 120, changes=CHANGES, seen=TEXT, picked=TEXT, trial=st.booleans())
+@fuzz("tab", 120, changes=CHANGES, seen=WORDS, picked=WORDS, trial=st.booleans())
 def test_any_click_on_train(changes, seen, picked, trial):
     values = {option.key: fields.initial(option) for option in fields.shown()}
     values |= {"train_data_dir": str(ARENA.inside), **changes}
@@ -123,24 +127,24 @@ STATE = st.sampled_from([*live.STATES])
 LOSSES = st.lists(st.tuples(st.integers(0, 10**6), st.floats()), max_size=30).map(tuple)
 JOBS = st.builds(
     JobView,
-    id=TEXT,
-    name=TEXT,
+    id=WORDS,
+    name=WORDS,
     state=STATE,
     created=st.floats(0, 1e10),
-    settings=st.fixed_dictionaries({}, optional={"max_train_steps": NUMBER, "trigger_words": TEXT}),
-    stage=TEXT,
+    settings=st.fixed_dictionaries({}, optional={"max_train_steps": NUMBER, "trigger_words": WORDS}),
+    stage=WORDS,
     step=st.integers(0, 10**6),
     steps=st.none() | st.integers(0, 10**6),
     losses=LOSSES,
     validations=st.lists(st.tuples(st.integers(0, 9), st.floats(0, 2), st.floats(0, 2)), max_size=4).map(tuple),
     learning_rate=st.none() | st.floats(0, 1),
-    log=st.lists(TEXT, max_size=5).map(tuple),
-    output=st.lists(TEXT.map("{}.safetensors".format) | TEXT, max_size=3).map(tuple),
-    error=st.none() | TEXT,
+    log=st.lists(WORDS, max_size=5).map(tuple),
+    output=st.lists(WORDS.map("{}.safetensors".format) | WORDS, max_size=3).map(tuple),
+    error=st.none() | WORDS,
 )
 
 
-@fuzz("tab", 120, jobs=st.lists(JOBS, min_size=1, max_size=3), title=TEXT, warning=TEXT, stopping=st.booleans())
+@fuzz("tab", 120, jobs=st.lists(JOBS, min_size=1, max_size=3), title=WORDS, warning=WORDS, stopping=st.booleans())
 def test_jobs_of_any_words(jobs, title, warning, stopping):
     known = SimpleNamespace(jobs=lambda: jobs, job=lambda id: jobs[0])
     place = SimpleNamespace(
@@ -154,7 +158,7 @@ def test_jobs_of_any_words(jobs, title, warning, stopping):
         harmless(html)
 
 
-@fuzz("tab", 40, text=TEXT, lines=st.lists(TEXT, max_size=5))
+@fuzz("tab", 40, text=WORDS, lines=st.lists(WORDS, max_size=5))
 def test_notes_and_refusals_of_any_words(text, lines):
     harmless(live.refusal("\n".join([text, *lines]), head=text))
     harmless(live.note(text, lines))

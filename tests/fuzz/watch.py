@@ -19,7 +19,9 @@ class Arena:
     """A folder that may be written in, beside one with canaries, which is also the current folder of every case."""
 
     def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="fuzz-")
+        # In memory where there is such a place: a hundred thousand cases write files, and jobs wait for the disk.
+        memory = Path("/dev/shm")
+        self._folder = tempfile.TemporaryDirectory(prefix="fuzz-", dir=memory if os.access(memory, os.W_OK) else None)
         root = Path(self._folder.name).resolve()
         self.inside, self.outside = root / "inside", root / "outside"
         for folder in (self.inside, self.outside / "pictures"):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from lora_trainer.config import build
+from lora_trainer.config.export import to_yaml
 from lora_trainer.config.header import MAX_HEADER_BYTES
 from lora_trainer.config.sources import HEADER_KEY, parse_overrides, read_file
 from lora_trainer.errors import ConfigError
@@ -26,12 +27,24 @@ NEEDED = {"base_model": "b.safetensors", "train_data_dir": "d"}
         ("training_comment", "half a pair \udc00"),
         ("sample_prompts", ["fine", "\ud800"]),
         ("output_dir", "a\0b"),
+        ("training_comment", "x" * 20_000),
+        ("sample_prompts", ["x" * 1000] * 20),
+        ("target_modules", ["x"] * 2000),
         ("train_data_dir", "a\0b"),
     ],
 )
 def test_values_that_no_file_can_hold(key, value):
     with pytest.raises(ConfigError, match=f"^{key}: expected "):
         build(NEEDED, {key: value})
+
+
+@pytest.mark.parametrize(
+    "text", ["a\x85", "\u2028 a", "a \u2029\n b", "\x85\x85", "\ufeff", "\U00059a66h\x85", "a\tb\r\n"]
+)
+def test_every_text_survives_the_yaml_beside_the_output(tmp_path, text):
+    config = build(NEEDED, {"training_comment": text, "sample_prompts": [text, text]})
+    (tmp_path / "c.yaml").write_text(to_yaml(config), encoding="utf-8", newline="")
+    assert build(read_file(tmp_path / "c.yaml")) == config
 
 
 def test_thousands_of_unknown_keys_are_counted_only():
