@@ -64,11 +64,8 @@ def scan_bomb() -> bytes:
 
 def huge_exif() -> bytes:
     exif = Image.Exif()
-    exif[0x010E] = "x" * 60_000
-    segment = exif.tobytes()
-    whole = encoded(scene(51), "JPEG", quality=95)
-    app1 = b"\xff\xe1" + struct.pack(">H", len(segment) + 2) + segment
-    return whole[:2] + app1 + app1 + whole[2:]
+    exif[0x010E] = "x" * 3_000_000
+    return encoded(scene(51), "PNG", exif=exif.tobytes())
 
 
 def broken_exif() -> bytes:
@@ -121,7 +118,7 @@ FILES: dict[str, tuple[Callable[[], bytes | Image.Image] | bytes, str | None]] =
     "camera.heic": (_HEIC, "not-read"),
     "download": (lambda: encoded(scene(63), "JPEG"), "not-read"),
     "really a jpeg.png": (lambda: encoded(scene(64), "JPEG", quality=95), "mistyped"),
-    "exif.jpg": (huge_exif, "exif"),
+    "exif.png": (huge_exif, "exif"),
     "twin.png": (lambda: scene(0), "duplicate"),
     "near.jpg": (lambda: encoded(scene(1).resize((150, 125)), "JPEG", quality=80), "near-duplicate"),
     "tiny.png": (lambda: scene(65, (40, 40)), "tiny"),

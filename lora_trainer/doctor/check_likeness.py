@@ -57,43 +57,38 @@ def _near(files: Sequence[Path], subject: Subject) -> Iterator[list[Path]]:
     if len(kept) < 2:
         return
     signs = np.unpackbits(np.stack([m.hash for _, m in kept]), axis=1).astype(np.float32) * 2 - 1
-    thumbs = np.stack([m.thumb for _, m in kept])
-    home = list(range(len(kept)))
-    for first, second in _pairs(signs):
-        one, other = _root(home, first), _root(home, second)
-        if one != other and _cell_difference(thumbs[first], thumbs[second]) <= NEAR_CELL:
-            home[other] = one
+    thumbs = np.stack([_normal(m.thumb) for _, m in kept])
+    home = np.arange(len(kept))
+    for first, others in _alike(signs):
+        others = others[home[others] != home[first]]
+        for other in others[_cell_difference(thumbs[first], thumbs[others]) <= NEAR_CELL]:
+            home[home == home[other]] = home[first]
     groups: dict[int, list[Path]] = defaultdict(list)
-    for index, (file, _) in enumerate(kept):
-        groups[_root(home, index)].append(file)
+    for (file, _), group in zip(kept, home.tolist(), strict=True):
+        groups[group].append(file)
     yield from (group for group in groups.values() if len(group) > 1)
 
 
-def _pairs(signs: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Pairs of rows of ±1 that differ in at most NEAR_BITS places: their product counts what agrees."""
+def _alike(signs: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Each row of ±1, and which later ones differ from it in at most NEAR_BITS places: products count what agrees."""
     least = signs.shape[1] - 2 * NEAR_BITS
     for start in range(0, len(signs), _BLOCK):
         agreement = signs[start : start + _BLOCK] @ signs[start:].T
-        for first, second in np.argwhere(agreement >= least):
-            if first < second:
-                yield start + int(first), start + int(second)
+        for row, values in enumerate(agreement >= least):
+            later = start + row + 1 + np.flatnonzero(values[row + 1 :])
+            if later.size:
+                yield start + row, later
 
 
-def _root(home: list[int], index: int) -> int:
-    while home[index] != index:
-        home[index] = home[home[index]]
-        index = home[index]
-    return index
-
-
-def _cell_difference(one: np.ndarray, other: np.ndarray) -> float:
-    """The greatest difference of a cell, each picture's brightness and contrast made equal before."""
+def _cell_difference(one: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """The greatest difference of a cell between one thumbnail and each of `others`."""
     size = THUMB_SIDE // _CELLS
-    difference = np.abs(_normal(one) - _normal(other)).reshape(_CELLS, size, _CELLS, size)
-    return float(difference.mean(axis=(1, 3)).max())
+    difference = np.abs(others - one).reshape(-1, _CELLS, size, _CELLS, size)
+    return difference.mean(axis=(2, 4)).max(axis=(1, 2))
 
 
 def _normal(thumb: np.ndarray) -> np.ndarray:
+    """As bright and as rich in contrast as any other."""
     values = thumb.astype(np.float32)
     return (values - values.mean()) / max(float(values.std()), 1.0)
 
