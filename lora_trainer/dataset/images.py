@@ -88,10 +88,12 @@ def image_size(path: Path) -> tuple[int, int]:
 def image_facts(path: Path) -> ImageFacts:
     """From the file's header alone. Raises ImageError."""
     with _opened(path) as image:
+        # A phone's JPEG with another picture behind it, such as a depth map.
+        is_mpo = image.format == "MPO"
         return ImageFacts(
-            format=str(image.format),
+            format="JPEG" if is_mpo else str(image.format),
             size=_size(image),
-            animated=bool(getattr(image, "is_animated", False)),
+            animated=bool(getattr(image, "is_animated", False)) and not is_mpo,
             transparent=_has_transparency(image),
             exif=len(image.info.get("exif", b"")),
         )

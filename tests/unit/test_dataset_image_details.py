@@ -108,6 +108,9 @@ def test_what_a_header_tells(tmp_path):
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     assert image_facts(tmp_path / "a.png").transparent
     assert image_facts(tmp_path / "a.gif").animated
+    NOISE.save(tmp_path / "phone.jpg", format="MPO", save_all=True, append_images=[NOISE])
+    phone = image_facts(tmp_path / "phone.jpg")
+    assert (phone.format, phone.animated) == ("JPEG", False)
 
 
 def test_an_animated_webp_gives_its_first_frame(tmp_path):
