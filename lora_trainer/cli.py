@@ -17,6 +17,7 @@ from lora_trainer.config import Config, build
 from lora_trainer.config.export import table
 from lora_trainer.config.sample_options import SampleOptions
 from lora_trainer.config.sources import parse_overrides, read_file
+from lora_trainer.doctor import command as doctor
 from lora_trainer.errors import UserError
 from lora_trainer.events import Finished
 from lora_trainer.logs import TerminalLog
@@ -62,6 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--config", type=Path, help="a .yaml or .json file, or a LoRA whose run is repeated")
     train.add_argument("--json", action="store_true", help="end with one line of JSON on standard output")
     train.add_argument("--resume", action="store_true", help="go on with the run in output_dir, or start it")
+    check = add("check", _check, "Look at a folder of pictures and captions before training on it.")
+    doctor.add_arguments(check)
     demo = add("demo", _demo, "Train on the bundled pictures and draw what changed.")
     demo.add_argument("--out", type=Path, default=Path("demo-output"))
     demo.add_argument("--json", action="store_true", help="end with one line of JSON on standard output")
@@ -95,6 +98,14 @@ def _train(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     from lora_trainer.hosts.standalone import train
 
     return _finish(train(config, TerminalLog(), resumes=arguments.resume), arguments.json)
+
+
+def _check(arguments: argparse.Namespace, _: Sequence[str]) -> int:
+    log = TerminalLog()
+    try:
+        return DONE if doctor.check(arguments, log) else BAD_INPUT
+    finally:
+        log.close()
 
 
 def _demo(arguments: argparse.Namespace, _: Sequence[str]) -> int:

@@ -21,7 +21,7 @@ def contact_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], heads: Sequ
     )
     draw = ImageDraw.Draw(sheet)
     for column, head in enumerate(heads):
-        draw.text((_LABEL + column * (width + _GAP), 3), _cut(draw, head, width), fill="black")
+        draw.text((_LABEL + column * (width + _GAP), 3), cut(draw, head, width), fill="black")
     for row, (label, pictures) in enumerate(rows):
         top = _HEAD + row * (height + _GAP)
         draw.multiline_text((4, top + height // 2 - 8), label, fill="black")
@@ -30,7 +30,9 @@ def contact_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], heads: Sequ
     return sheet
 
 
-def _cut(draw: ImageDraw.ImageDraw, text: str, width: int) -> str:
+def cut(draw: ImageDraw.ImageDraw, text: str, width: int) -> str:
+    """The beginning of `text` that is at most `width` pixels wide. What the small built-in font cannot draw is a ?."""
+    text = text.encode("latin-1", "replace").decode("latin-1")
     while text and draw.textlength(text) > width:
         text = text[:-1]
     return text

@@ -6,8 +6,9 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 from lora_trainer.dataset.encodings import decode
@@ -20,6 +21,9 @@ MAX_FILE_BYTES = 32 * 1024 * 1024
 MAX_LINES, MAX_LINE = 200_000, 1_000_000
 MAX_CAPTION = 20_000
 
+Complain = Callable[[Path, DataError], object]
+"""Is told what is wrong with a file or folder; where it returns, reading goes on with what is left."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -30,24 +34,40 @@ class Row:
     caption: str
 
 
-def read_metadata(path: Path) -> tuple[list[Row], list[str]]:
-    """The rows of a .jsonl or else CSV file, and what should be said about it. Raises DataError."""
+def stop(_: Path, problem: DataError) -> None:
+    """The Complain of training, which ends at the first problem."""
+    raise problem
+
+
+def read_metadata(path: Path, complain: Complain = stop) -> tuple[list[Row], list[str]]:
+    """The rows of a .jsonl or else CSV file, and what should be said about it. Raises DataError for the file, and
+    complains of rows."""
     text, encoding = read_text(path)
     notes = [] if encoding == "UTF-8" else [f"{path.name}: read as {encoding}"]
     _refuse_large(path, text)
     is_json = path.suffix.lower() in (".jsonl", ".json", ".ndjson")
-    rows = _jsonl(path, text) if is_json else _csv(path, text, notes)
-    if not rows:
+    written = _jsonl(path, text) if is_json else _csv(path, text, notes)
+    if not written:
         raise DataError(f"{path}: expected rows of a file name and a caption, found none")
-    seen: dict[str, int] = {}
-    for row in rows:
-        if not row.file:
-            raise DataError(f"{path}, line {row.number}: expected a file name, found none")
-        refuse_long(f"{path}, line {row.number}", row.caption)
-        first = seen.setdefault(posix(row.file), row.number)
-        if first != row.number:
-            raise DataError(f"{path}: expected one row for {row.file}, found lines {first} and {row.number}")
+    rows, seen = [], {}
+    for read in written:
+        try:
+            row = read()
+            _refuse_row(path, row, seen)
+        except DataError as problem:
+            complain(path, problem)
+        else:
+            rows.append(row)
     return rows, notes
+
+
+def _refuse_row(path: Path, row: Row, seen: dict[str, int]) -> None:
+    if not row.file:
+        raise DataError(f"{path}, line {row.number}: expected a file name, found none")
+    refuse_long(f"{path}, line {row.number}", row.caption)
+    first = seen.setdefault(posix(row.file), row.number)
+    if first != row.number:
+        raise DataError(f"{path}: expected one row for {row.file}, found lines {first} and {row.number}")
 
 
 def read_text(path: Path) -> tuple[str, str]:
@@ -85,7 +105,8 @@ def posix(file: str) -> str:
     return PurePosixPath(file.replace("\\", "/")).as_posix()
 
 
-def _csv(path: Path, text: str, notes: list[str]) -> list[Row]:
+def _csv(path: Path, text: str, notes: list[str]) -> list[Callable[[], Row]]:
+    """A reader for each row."""
     delimiter = _delimiter(text)
     lines = _parse(path, text, delimiter)
     names = [cell.strip().lower() for cell in lines[0][1]] if lines else []
@@ -94,15 +115,21 @@ def _csv(path: Path, text: str, notes: list[str]) -> list[Row]:
     if file_at == 0 and text_at is None:
         raise DataError(f"{path}: expected a column {' or '.join(TEXT_COLUMNS)}, found {', '.join(names)}")
     if file_at is None or text_at is None:
-        return [_plain_row(path, number, cells, delimiter) for number, cells in lines]
+        return [partial(_plain_row, path, number, cells, delimiter) for number, cells in lines]
     others = [name for at, name in enumerate(names) if at not in (file_at, text_at) and name]
     if others:
         notes.append(printable(f"{path.name}: columns not used: {', '.join(others)}"))
-    for number, cells in lines[1:]:
-        if len(cells) <= max(file_at, text_at) or any(cells[len(names) :]):
-            wanted = f"expected {len(names)} columns, found {len(cells)}; put captions with a {delimiter!r} in quotes"
-            raise DataError(f"{path}, line {number}: {wanted}")
-    return [Row(number, cells[file_at].strip(), clean(cells[text_at])) for number, cells in lines[1:]]
+    at = (file_at, text_at, len(names))
+    return [partial(_named_row, path, number, cells, at, delimiter) for number, cells in lines[1:]]
+
+
+def _named_row(path: Path, number: int, cells: list[str], at: tuple[int, int, int], delimiter: str) -> Row:
+    """Under a header; `at` tells where file name and caption stand, and how many columns there are."""
+    file_at, text_at, count = at
+    if len(cells) <= max(file_at, text_at) or any(cells[count:]):
+        wanted = f"expected {count} columns, found {len(cells)}; put captions with a {delimiter!r} in quotes"
+        raise DataError(f"{path}, line {number}: {wanted}")
+    return Row(number, cells[file_at].strip(), clean(cells[text_at]))
 
 
 def _parse(path: Path, text: str, delimiter: str) -> list[tuple[int, list[str]]]:
@@ -138,10 +165,11 @@ def _delimiter(text: str) -> str:
     return next((mark for mark in outside_quotes if mark in ",;\t"), ",")
 
 
-def _jsonl(path: Path, text: str) -> list[Row]:
+def _jsonl(path: Path, text: str) -> list[Callable[[], Row]]:
+    """A reader for each row."""
     # Not splitlines: JSON strings may hold the other line separators of Unicode.
     lines = enumerate(text.split("\n"), start=1)
-    return [_json_row(path, number, line) for number, line in lines if line.strip()]
+    return [partial(_json_row, path, number, line) for number, line in lines if line.strip()]
 
 
 def _json_row(path: Path, number: int, line: str) -> Row:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
@@ -37,6 +39,18 @@ _UPRIGHT = {
 _SIDEWAYS = (5, 6, 7, 8)
 
 
+@dataclass(frozen=True)
+class ImageFacts:
+    """What a file tells without being decoded: its real format, (width, height) upright, and what training leaves out
+    of it: later frames, transparency, bytes of EXIF."""
+
+    format: str
+    size: tuple[int, int]
+    animated: bool
+    transparent: bool
+    exif: int
+
+
 class ImageError(DataError):
     """One picture that cannot be used: `path`, and `why` in a few words."""
 
@@ -56,7 +70,7 @@ def load_image(path: Path) -> Image.Image:
     with _opened(path) as image:
         orientation = _orientation(image)
         _refuse_slow(path, image)
-        with _truncation_is_an_error():
+        with _TRUNCATION:
             image.load()
         upright = _UPRIGHT.get(orientation)
         # Pillow turns a TIFF itself while loading it.
@@ -68,10 +82,28 @@ def load_image(path: Path) -> Image.Image:
 def image_size(path: Path) -> tuple[int, int]:
     """(width, height) in pixels of the upright picture, from its header alone. Raises ImageError."""
     with _opened(path) as image:
-        width, height = image.size
-        if image.format == "TIFF":
-            width, height = int(image.tag_v2[_TIFF_WIDTH]), int(image.tag_v2[_TIFF_HEIGHT])
-        return (height, width) if _orientation(image) in _SIDEWAYS else (width, height)
+        return _size(image)
+
+
+def image_facts(path: Path) -> ImageFacts:
+    """From the file's header alone. Raises ImageError."""
+    with _opened(path) as image:
+        # A phone's JPEG with another picture behind it, such as a depth map.
+        is_mpo = image.format == "MPO"
+        return ImageFacts(
+            format="JPEG" if is_mpo else str(image.format),
+            size=_size(image),
+            animated=bool(getattr(image, "is_animated", False)) and not is_mpo,
+            transparent=_has_transparency(image),
+            exif=len(image.info.get("exif", b"")),
+        )
+
+
+def _size(image: Image.Image) -> tuple[int, int]:
+    width, height = image.size
+    if image.format == "TIFF":
+        width, height = int(image.tag_v2[_TIFF_WIDTH]), int(image.tag_v2[_TIFF_HEIGHT])
+    return (height, width) if _orientation(image) in _SIDEWAYS else (width, height)
 
 
 def _refuse_slow(path: Path, image: Image.Image) -> None:
@@ -107,15 +139,29 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         raise ImageError(path, f"cannot be decoded: {_one_line(error)}") from error
 
 
-@contextmanager
-def _truncation_is_an_error() -> Iterator[None]:
-    """Some programs that share this process tell Pillow to fill what is missing of a picture with grey."""
-    before = ImageFile.LOAD_TRUNCATED_IMAGES
-    ImageFile.LOAD_TRUNCATED_IMAGES = False
-    try:
-        yield
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = before
+class _Truncation:
+    """Within it a truncated picture is an error: some programs that share this process tell Pillow to fill what is
+    missing with grey. Pillow's switch is one for the process, so the first thread in moves it and the last one out
+    puts it back."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._before = Lock(), 0, False
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._before = ImageFile.LOAD_TRUNCATED_IMAGES
+                ImageFile.LOAD_TRUNCATED_IMAGES = False
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                ImageFile.LOAD_TRUNCATED_IMAGES = self._before
+
+
+_TRUNCATION = _Truncation()
 
 
 def _orientation(image: Image.Image) -> int:

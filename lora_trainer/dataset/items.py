@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from lora_trainer.dataset.captions import clean, posix, read_metadata, read_text, refuse_long
+from lora_trainer.dataset.captions import Complain, clean, posix, read_metadata, read_text, refuse_long, stop
 from lora_trainer.dataset.images import IMAGE_SUFFIXES
 from lora_trainer.errors import DataError
 
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl")
 SIDECARS = (".txt", ".caption")
+FROM_NAME = "file name"
 # Pictures of kinds that are not read, which it would be wrong to pass over in silence.
 OTHER_PICTURES = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".psd", ".svg", ".tga", ".dng", ".cr2", ".nef")
 # Names that cameras and programs give say nothing about the picture: IMG_0001, DSC1234, 20240101_120000, a hash.
@@ -37,6 +38,20 @@ class Item:
 
 
 @dataclass(frozen=True)
+class Contents:
+    """What a folder holds, as training reads it. `empty` are pictures with a caption file or row that has no words,
+    `deeper` are folders further down, which are not read, and `unnamed` files whose names are no text."""
+
+    images: tuple[Path, ...]
+    captions: Captions
+    empty: frozenset[Path]
+    others: tuple[Path, ...]
+    deeper: tuple[Path, ...]
+    unnamed: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Scan:
     """A folder's items in a stable order, what should be said aloud, and files left out."""
 
@@ -52,25 +67,42 @@ def scan(folder: Path, *, metadata: Path | None = None, trigger_words: str = "")
     have none for a picture, from a .txt or .caption file beside it; when no picture has any, from file names.
     Raises DataError.
     """
-    files, skipped = _files(folder)
+    found = read_folder(folder, metadata=metadata)
+    _refuse_gaps(folder, found.images, found.captions)
+    skipped = [f"{folder}: {text}: the file's name is not Unicode" for text in found.unnamed]
+    others = [file for file in found.others if file.suffix.lower() in OTHER_PICTURES]
+    skipped += [f"{file}: {file.suffix} pictures are not read; save it as PNG or JPEG" for file in others]
+    captions = [found.captions[image] for image in found.images]
+    items = [
+        Item(image, with_trigger(caption, trigger_words), source)
+        for image, (caption, source) in zip(found.images, captions, strict=True)
+    ]
+    return Scan(tuple(items), found.notes, tuple(skipped))
+
+
+def read_folder(folder: Path, *, metadata: Path | None = None, complain: Complain = stop) -> Contents:
+    """As `scan`, with gaps. What stops a training is told to `complain`; where that returns, the rest is read.
+
+    Raises DataError when there is no such folder.
+    """
+    files, deeper, unnamed = _files(folder, complain)
     images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
     if not images:
         kinds = " ".join(sorted(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES))
-        raise DataError(f"{folder}: expected pictures ({kinds}), found none among {len(files)} files")
-    notes: list[str] = []
-    captions = _from_metadata(folder, metadata, images, notes)
-    _add_sidecars(captions, images, notes)
-    if not captions:
-        captions = {image: (_from_name(image), "file name") for image in images}
-        notes.append(
-            f"{folder}: no captions found, so file and folder names are used ({images[0].name} is "
-            f'"{captions[images[0]][0]}"); a metadata.csv with real captions trains better'
-        )
-    _refuse_gaps(folder, images, captions)
-    items = [Item(image, with_trigger(captions[image][0], trigger_words), captions[image][1]) for image in images]
-    others = [file for file in files if file.suffix.lower() in OTHER_PICTURES]
-    skipped += [f"{file}: {file.suffix} pictures are not read; save it as PNG or JPEG" for file in others]
-    return Scan(tuple(items), tuple(notes), tuple(skipped))
+        complain(folder, DataError(f"{folder}: expected pictures ({kinds}), found none among {len(files)} files"))
+    reading = _Reading(folder, images, complain)
+    reading.add_metadata(metadata)
+    reading.add_sidecars()
+    if images and not reading.captions:
+        reading.add_names()
+    others = [file for file in files if file.suffix.lower() not in IMAGE_SUFFIXES]
+    empty, notes = frozenset(reading.empty), tuple(reading.notes)
+    return Contents(tuple(images), reading.captions, empty, tuple(others), tuple(deeper), tuple(unnamed), notes)
+
+
+def nameless(text: str) -> bool:
+    """Whether a camera or program gave this name, so that it says nothing about the picture."""
+    return _NAMELESS.fullmatch(text) is not None
 
 
 def with_trigger(caption: str, words: str) -> str:
@@ -81,54 +113,123 @@ def with_trigger(caption: str, words: str) -> str:
     return f"{words}, {caption}" if caption else words
 
 
-def _files(folder: Path) -> tuple[list[Path], list[str]]:
-    """The visible files of `folder` and its direct sub-folders, in an order that no locale changes; and those
-    left out because their names are no text, so that no log or caption could hold them."""
+def _files(folder: Path, complain: Complain) -> tuple[list[Path], list[Path], list[str]]:
+    """The visible files of `folder` and its direct sub-folders, in an order that no locale changes; the folders
+    further down; and the files left out because their names are no text, so that no log or caption could hold them."""
     try:
         if not folder.exists():
             raise DataError(f"{folder}: no such folder; expected pictures to train on")
         if not folder.is_dir():
             raise DataError(f"{folder}: expected a folder of pictures, found a file")
-        visible = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
-        below = [file for entry in visible if entry.is_dir() for file in entry.iterdir()]
-        files = [file for file in (*visible, *below) if file.is_file() and not file.name.startswith(".")]
     except OSError as error:
         raise DataError(f"{error.filename or folder}: cannot be read: {error.strerror}") from None
+    folders, files = _visible(folder, complain)
+    below = [_visible(place, complain) for place in folders]
+    files += [file for _, inside in below for file in inside]
     named = {file.relative_to(folder).as_posix(): file for file in files}
     shown = {name: name.encode(errors="backslashreplace").decode() for name in sorted(named)}
-    skipped = [f"{folder}: {text}: the file's name is not Unicode" for name, text in shown.items() if text != name]
-    return [named[name] for name, text in shown.items() if text == name], skipped
+    unnamed = [text for name, text in shown.items() if text != name]
+    deeper = sorted(place for places, _ in below for place in places)
+    return [named[name] for name, text in shown.items() if text == name], deeper, unnamed
 
 
-def _from_metadata(folder: Path, metadata: Path | None, images: Sequence[Path], notes: list[str]) -> Captions:
-    if metadata is not None:
-        return _from_rows(folder, metadata, images, notes)
-    captions: Captions = {}
-    # The folder's own file comes last, so that it overrides those of its sub-folders.
-    for place in sorted({folder, *(image.parent for image in images)}, reverse=True):
-        found = next((place / name for name in METADATA_NAMES if (place / name).is_file()), None)
-        if found is not None:
-            captions |= _from_rows(place, found, images, notes)
-    return captions
+def _visible(place: Path, complain: Complain) -> tuple[list[Path], list[Path]]:
+    """The folders and the files in `place`."""
+    folders: list[Path] = []
+    files: list[Path] = []
+    try:
+        for entry in place.iterdir():
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                folders.append(entry)
+            elif entry.is_file():
+                files.append(entry)
+    except OSError as error:
+        complain(place, DataError(f"{error.filename or place}: cannot be read: {error.strerror}"))
+    return folders, files
 
 
-def _from_rows(folder: Path, metadata: Path, images: Sequence[Path], notes: list[str]) -> Captions:
-    """The captions of `metadata`, whose rows name pictures relative to `folder`."""
-    rows, said = read_metadata(metadata)
-    notes.extend(said)
-    inside = [image for image in images if image.is_relative_to(folder)]
-    by_name = {_normal(image.relative_to(folder).as_posix()): image for image in inside}
-    missing, captions = [], {}
-    for row in rows:
-        image = by_name.get(_normal(_inside(metadata, row.number, row.file)))
-        if image is None:
-            missing.append(f"line {row.number}: {row.file}")
-        elif row.caption:
-            captions[image] = (row.caption, metadata.name)
-    if missing:
-        count = f"{len(missing)} of {len(rows)} rows"
-        raise DataError(f"{metadata}: {count} name pictures that are not in {folder} ({_few(missing)})")
-    return captions
+class _Reading:
+    """The captions of a folder's pictures, found source by source."""
+
+    def __init__(self, folder: Path, images: Sequence[Path], complain: Complain) -> None:
+        self.folder, self.images, self.complain = folder, images, complain
+        self.captions: Captions = {}
+        self.empty: set[Path] = set()
+        self.notes: list[str] = []
+
+    def add_metadata(self, metadata: Path | None) -> None:
+        if metadata is not None:
+            self._add_rows(self.folder, metadata)
+            return
+        # The folder's own file comes last, so that it overrides those of its sub-folders.
+        for place in sorted({self.folder, *(image.parent for image in self.images)}, reverse=True):
+            found = next((place / name for name in METADATA_NAMES if (place / name).is_file()), None)
+            if found is not None:
+                self._add_rows(place, found)
+
+    def _add_rows(self, place: Path, metadata: Path) -> None:
+        """The captions of `metadata`, whose rows name pictures relative to `place`."""
+        try:
+            rows, said = read_metadata(metadata, self.complain)
+        except DataError as problem:
+            self.complain(metadata, problem)
+            return
+        self.notes.extend(said)
+        inside = [image for image in self.images if image.is_relative_to(place)]
+        by_name = {_normal(image.relative_to(place).as_posix()): image for image in inside}
+        missing = []
+        for row in rows:
+            try:
+                image = by_name.get(_normal(_inside(metadata, row.number, row.file)))
+            except DataError as problem:
+                self.complain(metadata, problem)
+                continue
+            if image is None:
+                missing.append(f"line {row.number}: {row.file}")
+            elif row.caption:
+                self.captions[image] = (row.caption, metadata.name)
+            else:
+                self.empty.add(image)
+        if missing:
+            count = f"{len(missing)} of {len(rows)} rows"
+            problem = DataError(f"{metadata}: {count} name pictures that are not in {place} ({_few(missing)})")
+            self.complain(metadata, problem)
+
+    def add_sidecars(self) -> None:
+        """Fill the gaps from the text files beside the pictures."""
+        for image in self.images:
+            for place in sidecars(image):
+                if image in self.captions or not place.is_file():
+                    continue
+                try:
+                    text, encoding = read_text(place)
+                    if text.strip():
+                        refuse_long(str(place), text)
+                except DataError as problem:
+                    self.complain(place, problem)
+                    continue
+                if encoding != "UTF-8":
+                    self.notes.append(f"{place.name}: read as {encoding}")
+                if text.strip():
+                    self.captions[image] = (clean(text), place.suffix)
+                else:
+                    self.empty.add(image)
+
+    def add_names(self) -> None:
+        """Better than nothing, and said aloud."""
+        self.captions = {image: (_from_name(image), FROM_NAME) for image in self.images}
+        first = self.images[0]
+        self.notes.append(
+            f"{self.folder}: no captions found, so file and folder names are used ({first.name} is "
+            f'"{self.captions[first][0]}"); a metadata.csv with real captions trains better'
+        )
+
+
+def sidecars(image: Path) -> list[Path]:
+    """The text files that may hold the caption of `image`."""
+    return [place for suffix in SIDECARS for place in (image.with_suffix(suffix), Path(f"{image}{suffix}"))]
 
 
 def _normal(name: str) -> str:
@@ -144,25 +245,10 @@ def _inside(metadata: Path, number: int, file: str) -> str:
     return path.as_posix()
 
 
-def _add_sidecars(captions: Captions, images: Sequence[Path], notes: list[str]) -> None:
-    """Fill the gaps of `captions` from the text files beside the pictures."""
-    for image in images:
-        places = [place for suffix in SIDECARS for place in (image.with_suffix(suffix), Path(f"{image}{suffix}"))]
-        for place in places:
-            if image in captions or not place.is_file():
-                continue
-            text, encoding = read_text(place)
-            if encoding != "UTF-8":
-                notes.append(f"{place.name}: read as {encoding}")
-            if text.strip():
-                refuse_long(str(place), text)
-                captions[image] = (clean(text), place.suffix)
-
-
 def _from_name(image: Path) -> str:
     """The words of a file name without its number, or the folder's name where it has none."""
     words = re.sub(r"[\s_-]*\(?\d+\)?$", "", re.sub(r"^\d+[\s_-]+", "", image.stem))
-    if _NAMELESS.fullmatch(image.stem) or not words:
+    if nameless(image.stem) or not words:
         words = re.sub(r"^\d+_", "", image.absolute().parent.name)
     return clean(re.sub(r"[_-]+", " ", words))
 

@@ -8,7 +8,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from lora_trainer.errors import UserError
-from lora_trainer.ui import fields, live
+from lora_trainer.ui import doctor, fields, live
 from lora_trainer.ui.screen import Screen, look, shown_job
 from lora_trainer.ui.uploads import Received, Upload, receive
 
@@ -62,6 +62,17 @@ class Handlers:
             except UserError as error:
                 return [_answered(live.refusal(str(error))), self.update(), *self.look(picked, seen)]
             return [_answered(""), "", *self.look("", seen)]
+
+        return click
+
+    def check(self, keys: Sequence[str]) -> Callable[..., str]:
+        """The event of the button that looks at the pictures which the controls `keys` name."""
+
+        def click(*values: object) -> str:
+            try:
+                return doctor.findings(self.host.check(fields.settings(dict(zip(keys, values, strict=True)))))
+            except UserError as error:
+                return live.refusal(str(error), head="Not looked at.")
 
         return click
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from lora_trainer.doctor import Report
     from lora_trainer.jobs.service import JobService
     from lora_trainer.jobs.view import JobView
 
@@ -32,6 +33,10 @@ class TabHost(Protocol):
 
     def submit(self, settings: Mapping[str, object]) -> JobView:
         """Fills base_model and output_dir, builds the config and queues a job. Raises UserError."""
+        ...
+
+    def check(self, settings: Mapping[str, object]) -> Report:
+        """What is wrong with the pictures and captions that `settings` name, found in seconds. Raises UserError."""
         ...
 
     def upload_folder(self) -> Path:

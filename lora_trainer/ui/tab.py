@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lora_trainer.config.options import options
-from lora_trainer.ui import controls, fields, live
+from lora_trainer.ui import controls, doctor, fields, live
 from lora_trainer.ui.handlers import Handlers
 
 if TYPE_CHECKING:
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 # Short events that never wait in gradio's queue: they work with --no-gradio-queue and hold no stream open.
 _SHORT: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_name": False}
+
+# The settings that say how pictures and captions are read.
+_CHECKED = ("train_data_dir", "metadata_path", "trigger_words", "resolution", "allow_upscaling")
 
 
 @dataclass(frozen=True)
@@ -43,21 +46,24 @@ def build(host: TabHost) -> gr.Blocks:
     with gr.Blocks(analytics_enabled=False) as blocks, gr.Row(elem_id="lora_trainer", equal_height=False):
         with gr.Column(scale=5, min_width=320, elem_classes=["lt-left"]):
             screen: dict[str, Any] = {"checkpoint": gr.HTML("", elem_id="lora_trainer_checkpoint")}
-            inputs = _pictures(handlers) | _main() | _groups()
+            pictures, look, findings = _pictures(handlers)
+            inputs = pictures | _main() | _groups()
         with gr.Column(scale=5, min_width=320, elem_classes=["lt-right"]):
             actions = _actions()
             message = gr.HTML("", elem_id="lora_trainer_message")
             screen |= _live(host) | {"stop": actions.stop, "pause": actions.pause}
         screen |= {"beat": gr.HTML("", elem_id="lora_trainer_beat", elem_classes=["lt-hidden"]), "seen": gr.State("")}
         _connect(handlers, actions, {"message": message, **screen}, inputs)
+        asked = [inputs[key] for key in _CHECKED]
+        look.click(handlers.check(_CHECKED), inputs=asked, outputs=[findings], **{**_SHORT, "show_progress": "full"})
     for block in blocks.blocks.values():
         # Else ui-config.json would freeze today's defaults.
         block.do_not_save_to_config = True
     return blocks
 
 
-def _pictures(handlers: Handlers) -> dict[str, Component]:
-    """Name, pictures and trigger words; an upload fills in the folder."""
+def _pictures(handlers: Handlers) -> tuple[dict[str, Component], gr.Button, gr.HTML]:
+    """Name, pictures and trigger words; an upload fills in the folder, and the button looks at what is in it."""
     import gradio as gr
 
     name, folder = (controls.make(options()[key]) for key in ("output_name", "train_data_dir"))
@@ -69,9 +75,11 @@ def _pictures(handlers: Handlers) -> dict[str, Component]:
             elem_id="lora_trainer_upload",
         )
         received = gr.HTML("", elem_id="lora_trainer_received")
+    check = gr.Button("Check the pictures", elem_id="lora_trainer_check")
+    findings = gr.HTML(live.note(doctor.HELP), elem_id="lora_trainer_findings")
     upload.upload(handlers.receive, inputs=[upload], outputs=[folder, received], api_name=False)
     words = controls.make(options()["trigger_words"])
-    return {"output_name": name, "train_data_dir": folder, "trigger_words": words}
+    return {"output_name": name, "train_data_dir": folder, "trigger_words": words}, check, findings
 
 
 def _main() -> dict[str, Component]:

@@ -18,6 +18,7 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in SOU
 NEVER = {
     "config/": {"torch", "gradio", "modules"},
     "dataset/": {"gradio", "modules"},
+    "doctor/": {"torch", "gradio", "modules"},
     "models/": {"gradio", "modules"},
     "adapters/": {"gradio", "modules"},
     "kernels/": {"gradio", "modules", "diffusers", "peft", "transformers"},
@@ -32,7 +33,7 @@ NEVER = {
     "cli.py": {"modules"},
 }
 # What starts fast and works where torch does not: importing it must not import these, however indirectly.
-LIGHT = ("config/", "jobs/", "events.py", "errors.py", "hosts/ports.py", "ui/", "api/", "cli.py")
+LIGHT = ("config/", "doctor/", "jobs/", "events.py", "errors.py", "hosts/ports.py", "ui/", "api/", "cli.py")
 HEAVY = ("torch", "diffusers", "transformers", "peft", "modules")
 
 LINES_PER_FILE = 300

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageFile, ImageOps
 
-from lora_trainer.dataset.images import ImageError, image_size, load_image
+from lora_trainer.dataset import images
+from lora_trainer.dataset.images import ImageError, image_facts, image_size, load_image
 
 NOISE = Image.fromarray(np.random.default_rng(1).integers(0, 255, (48, 32, 3), np.uint8))
 
@@ -83,6 +84,33 @@ def test_truncated_is_truncated_even_where_a_host_allows_it(tmp_path, monkeypatc
         with pytest.raises(ImageError, match="cannot be decoded"):
             load_image(path)
     assert ImageFile.LOAD_TRUNCATED_IMAGES is True
+
+
+def test_threads_that_read_at_once_leave_the_hosts_choice_as_it_was(monkeypatch):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    first, second = images._TRUNCATION, images._TRUNCATION
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is False
+    second.__exit__(None, None, None)
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is True
+
+
+def test_what_a_header_tells(tmp_path):
+    path = tmp_path / "really a jpeg.png"
+    NOISE.save(path, format="JPEG", exif=exif(6))
+    found = image_facts(path)
+    assert (found.format, found.size, found.animated, found.transparent) == ("JPEG", (48, 32), False, False)
+    assert 20 < found.exif < 200
+    frames = [Image.new("RGBA", (8, 8), color) for color in ("red", "#0000ff80")]
+    frames[1].save(tmp_path / "a.png")
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    assert image_facts(tmp_path / "a.png").transparent
+    assert image_facts(tmp_path / "a.gif").animated
+    NOISE.save(tmp_path / "phone.jpg", format="MPO", save_all=True, append_images=[NOISE])
+    phone = image_facts(tmp_path / "phone.jpg")
+    assert (phone.format, phone.animated) == ("JPEG", False)
 
 
 def test_an_animated_webp_gives_its_first_frame(tmp_path):

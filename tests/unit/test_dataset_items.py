@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_trainer.dataset.items import scan, with_trigger
+from lora_trainer.dataset.items import read_folder, scan, with_trigger
 from lora_trainer.errors import DataError
 
 
@@ -166,3 +166,35 @@ def test_trigger_words_lead_captions_that_lack_them(caption, words, expected):
 def test_trigger_words_of_a_folder(tmp_path):
     where = folder(tmp_path, **{"a.png": "", "metadata.csv": "a.png,a cat\n"})
     assert captions(scan(where, trigger_words="sks")) == {"a.png": "sks, a cat"}
+
+
+def test_reading_goes_on_past_what_is_complained_of(tmp_path):
+    rows = "a.png,a cat\n../b.png,out\na.png,again\nghost.png,gone\n,no name\nc.png,\ne.png,a hen\n"
+    pictures = dict.fromkeys(("a.png", "b.png", "c.png", "d.png", "e.png", "sub/deep/f.png"), "")
+    where = folder(tmp_path, **pictures, **{"metadata.csv": rows, "b.txt": "x" * 30_000, "d.txt": "a dog"})
+    told = []
+    found = read_folder(where, complain=lambda place, problem: told.append((place.name, str(problem))))
+    assert {image.name: text for image, (text, _) in found.captions.items()} == {
+        "a.png": "a cat",
+        "d.png": "a dog",
+        "e.png": "a hen",
+    }
+    assert [place for place, _ in told] == ["metadata.csv"] * 4 + ["b.txt"]
+    for (_, text), words in zip(
+        told,
+        ("lines 1 and 3", "expected a file name", "line 2", "line 4: ghost.png", "at most 20,000 characters"),
+        strict=True,
+    ):
+        assert words in text
+    assert [image.name for image in found.empty] == ["c.png"]
+    assert [place.name for place in found.deeper] == ["deep"]
+    with pytest.raises(DataError, match="no such folder"):
+        read_folder(tmp_path / "missing", complain=lambda place, problem: None)
+
+
+def test_what_stops_a_training_is_complained_of_and_no_more(tmp_path):
+    """`scan` is `read_folder` that stops at its first complaint."""
+    where = folder(tmp_path, **{"a.png": "", "metadata.csv": "a.png,a cat\nghost.png,gone\n"})
+    told = []
+    read_folder(where, complain=lambda place, problem: told.append(str(problem)))
+    assert told == [problem(where)]

@@ -13,8 +13,9 @@ import pytest
 from lora_trainer.config.build import build as build_config
 from lora_trainer.config.options import options
 from lora_trainer.config.schema import GROUPS
+from lora_trainer.doctor import Finding, Report
 from lora_trainer.errors import ConfigError, DataError
-from lora_trainer.ui import fields, live
+from lora_trainer.ui import doctor, fields, live
 from lora_trainer.ui.chart import MAX_POINTS, curve, smooth
 from lora_trainer.ui.handlers import Handlers
 from lora_trainer.ui.ports import Checkpoint
@@ -106,6 +107,8 @@ class FakeHost:
     asked: int = 0
     infotext: str | None = None
     bound: list[tuple[object, object]] = field(default_factory=list)
+    checked: list[dict[str, object]] = field(default_factory=list)
+    report: Report | None = None
 
     def checkpoint(self) -> Checkpoint | None:
         self.asked += 1
@@ -116,6 +119,12 @@ class FakeHost:
         self.submitted.append(settings)
         self.jobs.list.insert(0, job(id=f"j{len(self.jobs.list) + 1}"))
         return self.jobs.list[0]
+
+    def check(self, settings: dict[str, object]) -> Report:
+        self.checked.append(settings)
+        if not settings["train_data_dir"]:
+            raise DataError(f"{EVIL}: no such folder")
+        return self.report
 
     def upload_folder(self) -> Path:
         assert self.folder is not None
@@ -522,6 +531,46 @@ def test_a_refused_upload_keeps_the_folder_that_is_there(tmp_path: Path):
     assert path == {}
     assert "Not uploaded." in said
     assert not (tmp_path / "new").exists()
+
+
+# The doctor
+
+
+def report(*findings: Finding, looked_at: int = 2) -> Report:
+    folder = Path(f"/{EVIL}")
+    return Report(folder, 512, (folder / f"{EVIL}.png", folder / "b.png"), looked_at, 1, findings)
+
+
+def test_findings_are_escaped_and_well_formed():
+    file = report().pictures[0]
+    told = [Finding("unreadable", "error", (file,), EVIL, EVIL), Finding("count", "advice", (), "few", "add some")]
+    html = doctor.findings(report(*told))
+    assert "img" not in Wellformed(html).seen
+    assert html.count("&lt;img") >= 4
+    assert html.count("<details") == 2
+    assert html.count(" open>") == 1
+    assert "1 error" in html
+    assert "nothing to mend" in doctor.findings(report())
+    assert "lora-trainer check" not in html
+    assert "lora-trainer check" in doctor.findings(report(looked_at=1))
+
+
+def test_many_findings_are_shortened():
+    told = [Finding("small", "warning", (Path(f"{n}.png"),), "small", "larger") for n in range(500)]
+    html = doctor.findings(report(*told))
+    assert html.count("<li>") == doctor.SHOWN + 1
+    assert "… and 480 more" in html
+    assert html.count("larger") == 1
+
+
+def test_a_click_looks_at_what_the_controls_name():
+    host = FakeHost(report=report())
+    click = Handlers(host, changes).check(("train_data_dir", "metadata_path", "resolution"))
+    assert "nothing to mend" in click(' "C:\\my pictures" ', "", "768")
+    assert host.checked == [{"train_data_dir": "C:\\my pictures", "resolution": "768"}]
+    refused = click("", "", "")
+    assert "Not looked at." in refused
+    assert "img" not in Wellformed(refused).seen
 
 
 # gradio itself

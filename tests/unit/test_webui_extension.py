@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from lora_trainer.errors import ConfigError, DataError
 from lora_trainer.ui.ports import TabHost
 
 
@@ -19,6 +20,26 @@ def test_it_has_all_that_the_tab_asks_for(extension):
     asked = [name for name in vars(TabHost) if not name.startswith("_")]
     assert "grid" in asked
     assert [name for name in asked if not hasattr(type(extension), name) and not hasattr(extension, name)] == []
+
+
+def test_pictures_are_looked_at_where_a_visitor_may(extension, fake_webui, pictures, monkeypatch):
+    given = {"train_data_dir": str(pictures), "resolution": "128", "metadata_path": None}
+    assert extension.check(given).usable == 6
+    with pytest.raises(ConfigError) as refused:
+        extension.check({**given, "resolution": "7"})
+    assert refused.value.problems[0].startswith("resolution:")
+    with pytest.raises(DataError, match="no such folder"):
+        extension.check({**given, "train_data_dir": str(pictures / "missing")})
+    # One at a time, also after one that failed.
+    with extension._checking, pytest.raises(DataError, match="other pictures just now"):
+        extension.check(given)
+    fake_webui("shared").cmd_opts.webui_is_non_local = True
+    with pytest.raises(ConfigError, match="allowed folders"):
+        extension.check(given)
+    inside = extension.home / "uploads" / "mine"
+    inside.parent.mkdir(parents=True)
+    pictures.rename(inside)
+    assert extension.check({**given, "train_data_dir": str(inside)}).usable == 6
 
 
 def test_saved_steps_are_compared_where_prompts_can_name_them(extension, fake_webui, tmp_path):

@@ -8,12 +8,15 @@ import time
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from modules import infotext_utils, paths_internal, script_callbacks, sd_models, shared
 
 from lora_trainer.api import mount
 from lora_trainer.config import Config, build, output_name_of
+from lora_trainer.doctor import Report, examine
+from lora_trainer.doctor.subject import Wanted
 from lora_trainer.errors import DataError
 from lora_trainer.events import EventSink, Finished
 from lora_trainer.hosts.ports import Control
@@ -25,6 +28,8 @@ from lora_trainer.jobs.service import JobService
 from lora_trainer.jobs.view import JobView
 from lora_trainer.ui.ports import Checkpoint
 
+# How long someone waits before the page for what the doctor says.
+CHECK_SECONDS = 20.0
 TITLE, ELEMENT = "Train LoRA", "lora_trainer_tab"
 
 
@@ -34,6 +39,7 @@ class Extension:
     def __init__(self) -> None:
         self.home = Path(paths_internal.data_path) / "lora_trainer"
         self.jobs = JobService(self.home / "jobs", work)
+        self._checking = Lock()
 
     @property
     def credentials(self) -> Mapping[str, str] | None:
@@ -64,6 +70,21 @@ class Extension:
             "cache_dir": str(self.home / "cache"),
         }
         return self.jobs.submit(build(known, given))
+
+    def check(self, settings: Mapping[str, object]) -> Report:
+        """Raises UserError."""
+        given = self._roots().settings({key: value for key, value in settings.items() if value is not None})
+        config = build({"base_model": "the loaded one", "output_dir": str(self.home)}, given)
+        wanted = Wanted(config.resolution or Wanted.resolution, config.allow_upscaling, config.trigger_words)
+        # Clicks of many visitors would take all processor cores.
+        if not self._checking.acquire(blocking=False):
+            raise DataError("the doctor is looking at other pictures just now; try again in half a minute")
+        try:
+            metadata = Path(config.metadata_path) if config.metadata_path else None
+            folder = Path(config.train_data_dir)
+            return examine(folder, metadata=metadata, wanted=wanted, most_seconds=CHECK_SECONDS)
+        finally:
+            self._checking.release()
 
     def upload_folder(self) -> Path:
         folder = self.home / "uploads" / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
