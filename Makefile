@@ -2,24 +2,28 @@
 #   make demo [OUT=folder]    train a small LoRA on the bundled model and draw a contact sheet
 #   make test | test-slow     the quick tests | those that take minutes
 #   make soak                 2,000 jobs in one process, and what of them stays
+#   make test-chaos           kill and starve a job everywhere: minutes
 #   make lint | format        check the style | apply it
 PYTHON ?= python3
 VENV ?= .venv
 
-.PHONY: demo test test-slow soak lint format
+.PHONY: demo test test-slow test-chaos soak lint format
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.ready
 	$(VENV)/bin/lora-trainer demo $(if $(OUT),--out "$(OUT)")
 
 test: $(VENV)/.ready
-	$(VENV)/bin/python -m pytest -m "not slow and not gpu"
+	$(VENV)/bin/python -m pytest -m "not slow and not gpu and not chaos"
 
 test-slow: $(VENV)/.ready
-	$(VENV)/bin/python -m pytest -m "slow and not gpu and not soak"
+	$(VENV)/bin/python -m pytest -m "slow and not gpu and not chaos and not soak"
+
+test-chaos: $(VENV)/.ready
+	$(VENV)/bin/python -m pytest tests/chaos -m ""
 
 soak: $(VENV)/.ready
-	$(VENV)/bin/python -m pytest -m soak -s tests/soak
+	$(VENV)/bin/python -m pytest tests/soak -m soak -s
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .

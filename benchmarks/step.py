@@ -22,6 +22,8 @@ from benchmarks.workload import LEARNING_RATE, Workload, samples
 from lora_trainer.config import Config, build
 from lora_trainer.models.model import CheckpointHashes, Model, ModelFacts
 from lora_trainer.models.noise import NoiseSchedule, scaled_linear
+from lora_trainer.models.text import TextEncoder, Tokenizer
+from lora_trainer.training.control import StopOnly
 from lora_trainer.training.fit import Loop, fit
 from lora_trainer.training.results import Results
 from lora_trainer.training.segment import Segment, open_segment
@@ -66,6 +68,7 @@ class RandomFeed:
             eps=torch.randn(latents.shape, generator=generator),
             t=torch.randint(0, 1000, latents.shape[:1], generator=generator),
             context=stacked("context"),
+            ids=stacked("ids"),
             weight=torch.full(latents.shape[:1], 1 / len(chosen)),
             mask_keys=torch.randint(-(2**31), 2**31, (len(chosen), 2), generator=generator, dtype=torch.int32),
             pooled=stacked("text_embeds"),
@@ -82,6 +85,7 @@ def config_of(work: Workload, **changes: object) -> Config:
             "lora_rank": 8,
             "lora_dropout": work.dropout,
             "gradient_checkpointing": work.checkpointing,
+            "train_text_encoder": work.train_text_encoder,
             "mixed_precision": "no" if work.device == "cpu" else "fp16",
             "learning_rate": LEARNING_RATE,
         },
@@ -90,11 +94,13 @@ def config_of(work: Workload, **changes: object) -> Config:
 
 
 def model_of(work: Workload) -> Model:
-    """The random UNet as a run borrows it; nothing here encodes."""
+    """The random UNet as a run borrows it, and the text encoder where it is trained; nothing here encodes ahead."""
     device = torch.device(work.device)
     noise = NoiseSchedule(scaled_linear(0.00085, 0.012, 1000).to(device), "epsilon")
     facts = ModelFacts("random", None, device, work.dtype, CheckpointHashes)
-    return Model(models.unet(work.family, device, work.dtype), None, None, noise, facts)
+    clip = models.text_encoder(device, work.dtype) if work.train_text_encoder else None
+    text = clip and TextEncoder(Tokenizer(), clip)
+    return Model(models.unet(work.family, device, work.dtype), text, None, noise, facts)
 
 
 def measure(work: Workload, *, profiled: bool = False, **changes: object) -> dict:
@@ -107,7 +113,7 @@ def measure(work: Workload, *, profiled: bool = False, **changes: object) -> dic
         results = Results(segment.update.result, steps, lambda event: None, window=10)
         boundary = SimpleNamespace(due=lambda step: False)
         loop = Loop(RandomFeed(work), segment, lambda step: LEARNING_RATE, boundary, results)
-        fit(loop, first_step=0, lease=clock, stop=lambda: False)
+        fit(loop, first_step=0, lease=clock, control=StopOnly())
         report = spread(gaps([*clock.stamps, time.perf_counter()][work.warmup :]))
         report |= {
             "first_step_s": round(clock.stamps[0] - began, 2),

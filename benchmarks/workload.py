@@ -67,7 +67,7 @@ class Networks:
         noise = torch.randn_like(latents)
         t = torch.randint(0, self.noise.config.num_train_timesteps, latents.shape[:1], device=latents.device)
         noisy = self.noise.add_noise(latents, noise, t)
-        context = batch["context"] if self.text is None else self.text(batch["ids"])[0]
+        context = batch["context"] if self.text is None else self.text(batch["ids"][:, 0])[0]
         extra = {name: batch[name] for name in ("text_embeds", "time_ids") if name in batch}
         predicted = self.unet(noisy, t, context, added_cond_kwargs=extra or None, return_dict=False)[0]
         return functional.mse_loss(predicted.float(), noise.float())
@@ -106,8 +106,8 @@ def samples(work: Workload, count: int = 64) -> list[dict[str, Tensor]]:
     def sample() -> dict[str, Tensor]:
         latents = {"latents": normal(4, side, side)}
         if work.train_text_encoder:
-            ids = torch.randint(0, BOS, (TOKENS,), generator=generator)
-            ids[0], ids[20:] = BOS, EOS
+            ids = torch.randint(0, BOS, (1, TOKENS), generator=generator)
+            ids[:, 0], ids[:, 20:] = BOS, EOS
             return latents | {"ids": ids}
         if work.family == "sd15":
             return latents | {"context": normal(TOKENS, 768)}

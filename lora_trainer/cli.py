@@ -9,7 +9,6 @@ import argparse
 import json
 import sys
 import tempfile
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from lora_trainer.config.sources import parse_overrides, read_file
 from lora_trainer.errors import UserError
 from lora_trainer.events import Finished
 from lora_trainer.logs import TerminalLog
+from lora_trainer.report import report
 
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 130
 
@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="lora-trainer", description="Train a LoRA from a folder of pictures.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"lora-trainer {__version__}")
-    parser.add_argument("--debug", action="store_true", help="print tracebacks")
+    parser.add_argument("--debug", action="store_true", help="print the details of a failure, with its traceback")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, command: object, text: str) -> argparse.ArgumentParser:
@@ -61,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     train = add("train", _train, "Train a LoRA. Options of the config go as key=value or --key value.")
     train.add_argument("--config", type=Path, help="a .yaml or .json file, or a LoRA whose run is repeated")
     train.add_argument("--json", action="store_true", help="end with one line of JSON on standard output")
+    train.add_argument("--resume", action="store_true", help="go on with the run in output_dir, or start it")
     demo = add("demo", _demo, "Train on the bundled pictures and draw what changed.")
     demo.add_argument("--out", type=Path, default=Path("demo-output"))
     demo.add_argument("--json", action="store_true", help="end with one line of JSON on standard output")
@@ -93,7 +94,7 @@ def _train(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     config = config_of(arguments.config, overrides)
     from lora_trainer.hosts.standalone import train
 
-    return _finish(train(config, TerminalLog()), arguments.json)
+    return _finish(train(config, TerminalLog(), resumes=arguments.resume), arguments.json)
 
 
 def _demo(arguments: argparse.Namespace, _: Sequence[str]) -> int:
@@ -143,16 +144,16 @@ def _finish(finished: Finished, as_json: bool) -> int:
 
 
 def _report(error: Exception, debug: bool) -> str:
-    """Where the traceback went."""
-    text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    """Where the details went."""
+    text = report(error)
     if debug:
         print(text, file=sys.stderr)
-        return "traceback above"
+        return "details above"
     with tempfile.NamedTemporaryFile(
         "w", prefix="lora-trainer-", suffix=".log", delete=False, encoding="utf-8"
     ) as file:
         file.write(text)
-    return f"traceback in {file.name}"
+    return f"details for an issue in {file.name}"
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from lora_trainer.adapters.writer import publish
 from lora_trainer.config import Config, build
 from lora_trainer.config.sources import read_file
 from lora_trainer.dataset.images import load_image
@@ -18,6 +17,7 @@ from lora_trainer.dataset.prepare import Sample
 from lora_trainer.draw import save_picture
 from lora_trainer.errors import DataError
 from lora_trainer.events import AnyEvent, EventSink, Finished, Notice, Progress, Saved, StepDone
+from lora_trainer.files import publish
 from lora_trainer.hosts.standalone import device_of, open_model, train
 from lora_trainer.models.model import Model
 from lora_trainer.sampling import Recipe, apply_lora, generate
@@ -124,7 +124,7 @@ def prove(config: Config, finished: Finished, seconds: float, sink: EventSink) -
 
 def shuffled(samples: Sequence[Sample]) -> list[Sample]:
     """Each picture with the caption of the next one."""
-    return [replace(s, context=other.context) for s, other in zip(samples, [*samples[1:], samples[0]], strict=True)]
+    return [replace(s, text=other.text) for s, other in zip(samples, [*samples[1:], samples[0]], strict=True)]
 
 
 def report(evidence: Evidence, finished: Finished) -> list[str]:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from lora_trainer.adapters.writer import publish
 from lora_trainer.config.sample_options import SampleOptions
+from lora_trainer.files import publish
 from lora_trainer.hosts.standalone import device_of, open_model
 from lora_trainer.sampling import Recipe, apply_lora, generate
 from lora_trainer.sheet import contact_sheet

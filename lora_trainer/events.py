@@ -63,6 +63,12 @@ class Validated(Event, tag="validated"):
     lora: float
 
 
+class Saving(Event, tag="saving"):
+    """The LoRA is about to be written."""
+
+    step: int
+
+
 class Saved(Event, tag="saved"):
     """A file is complete under its final name."""
 
@@ -83,7 +89,7 @@ class Finished(Event, tag="finished"):
     validation_lora: float | None = None
 
 
-AnyEvent = Notice | Progress | Started | StepDone | Validated | Saved | Finished
+AnyEvent = Notice | Progress | Started | StepDone | Validated | Saving | Saved | Finished
 
 
 class EventSink(Protocol):

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import csv
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
 from tqdm import tqdm
 
-from lora_trainer.errors import ConfigError, OutputError
+from lora_trainer.errors import ConfigError
 from lora_trainer.events import AnyEvent, EventSink, Finished, Notice, Progress, Saved, Started, StepDone, Validated
 
 GIB = 1024**3
+_LOGGER = logging.getLogger(__name__)
 PLAIN_EVERY_SECONDS = 5.0
 
 
@@ -30,14 +32,19 @@ def fan_out(*sinks: EventSink) -> Iterator[EventSink]:
 
 
 class CsvLog:
-    """`steps.csv` and `validation.csv` in `folder`, a line as it happens. Raises OutputError."""
+    """`steps.csv` and `validation.csv` in `folder`, a line as it happens; none where it cannot be written.
+
+    With `goes_on` what an earlier process wrote stays. A step that comes again takes its line's and all later ones'
+    place.
+    """
 
     STEPS = ("step", "epoch", "loss", "learning_rate", "grad_norm", "seconds")
     VALIDATION = ("step", "base", "lora")
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, goes_on: bool = False) -> None:
+        self.folder, self.goes_on = folder, goes_on
         self._files: dict[str, TextIO] = {}
+        self._last: dict[str, int] = {}
 
     def __call__(self, event: AnyEvent) -> None:
         if isinstance(event, StepDone):
@@ -47,17 +54,41 @@ class CsvLog:
 
     def close(self) -> None:
         for file in self._files.values():
-            file.close()
+            with suppress(OSError):
+                file.close()
+        self._files.clear()
 
-    def _write(self, name: str, fields: tuple[str, ...], event: AnyEvent) -> None:
+    def _write(self, name: str, fields: tuple[str, ...], event: StepDone | Validated) -> None:
         try:
-            if name not in self._files:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                self._files[name] = (self.folder / name).open("w", newline="", encoding="utf-8", buffering=1)
-                csv.writer(self._files[name]).writerow(fields)
+            if name not in self._files or event.step <= self._last[name]:
+                self._open(name, fields, event.step)
             csv.writer(self._files[name]).writerow([getattr(event, field) for field in fields])
+            self._last[name] = event.step
         except OSError as error:
-            raise OutputError(f"{self.folder / name}: cannot be written: {error.strerror}") from error
+            # The run goes on. The next line tries anew.
+            self._files.pop(name, None)
+            _LOGGER.warning("LoRA Trainer: %s: cannot be written: %s", self.folder / name, error.strerror)
+
+    def _open(self, name: str, fields: tuple[str, ...], step: int) -> None:
+        """With the lines of the steps before `step`."""
+        again = name in self._files
+        if again:
+            self._files.pop(name).close()
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = _rows_before(path, step) if again or self.goes_on or name in self._last else []
+        self._files[name] = path.open("w", newline="", encoding="utf-8", buffering=1)
+        csv.writer(self._files[name]).writerows([fields, *kept])
+
+
+def _rows_before(path: Path, step: int) -> list[list[str]]:
+    """The whole lines of a log; a crash may have cut the last one."""
+    try:
+        with path.open(newline="", encoding="utf-8", errors="replace") as file:
+            header, *rows = csv.reader(file)
+    except (OSError, ValueError, csv.Error):
+        return []
+    return [row for row in rows if len(row) == len(header) and row[0].isdecimal() and int(row[0]) < step]
 
 
 class TensorBoardLog:
@@ -66,7 +97,8 @@ class TensorBoardLog:
     Raises ConfigError when TensorBoard is not installed.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, goes_on: bool = False) -> None:
+        # TensorBoard itself shows the newest value of a step that comes again.
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler
+from peft.tuners.lora import LoraLayer
 from PIL import Image
 from torch import Tensor
 
 from lora_trainer.adapters.inject import Adapter, inject_factors
 from lora_trainer.adapters.load import match, read_lora
+from lora_trainer.adapters.naming import PREFIXES
 from lora_trainer.errors import ModelError
 from lora_trainer.models.latents import decode, latent_shape, to_image
 from lora_trainer.models.model import Model
@@ -90,12 +92,19 @@ def _betas(alphas_cumprod: Tensor) -> list[float]:
 
 
 def apply_lora(model: Model, path: Path) -> Adapter:
-    """Put the LoRA of `path` on `model`'s UNet. Raises ModelError when it does not fit."""
+    """Put the LoRA of `path` on `model`'s UNet and text encoder. Raises ModelError when it does not fit."""
     lora = read_lora(path)
-    matched, unmatched = match(lora, model.unet)
-    if unmatched:
-        raise ModelError(
-            f"{path}: {len(unmatched)} of its {len(matched) + len(unmatched)} modules have no place in the UNet of "
-            f"{model.facts.name}, for example {unmatched[0]}"
-        )
-    return inject_factors(model.unet, matched)
+    layers: dict[str, LoraLayer] = {}
+    for part, network in (("unet", model.unet), ("text_encoder", model.text.module)):
+        matched, unmatched = match(lora, network, PREFIXES[part])
+        if unmatched:
+            raise ModelError(
+                f"{path}: {len(unmatched)} of its {len(matched) + len(unmatched)} modules have no place in the "
+                f"{part.replace('_', ' ').replace('unet', 'UNet')} of {model.facts.name}, for example {unmatched[0]}"
+            )
+        if matched:
+            layers |= inject_factors(network, matched).layers
+    if not layers:
+        raise ModelError(f"{path}: made for another base model: none of its modules has a place in {model.facts.name}")
+    factors = lora.factors.values()
+    return Adapter(layers, max(f.rank for f in factors), max(f.alpha for f in factors))

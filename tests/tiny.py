@@ -28,7 +28,7 @@ VAE = {
 }
 
 
-def tiny_state(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def tiny_state(dtype: torch.dtype = torch.float32, text_layers: int = 1) -> dict[str, Tensor]:
     """The whole checkpoint; the same numbers at every call."""
     generator = torch.Generator().manual_seed(0)
 
@@ -37,7 +37,7 @@ def tiny_state(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         return (torch.randn(shape, generator=generator) / fan**0.5).to(dtype)
 
     state = unet_state(UNET, dtype, fill) | vae_state(VAE, dtype, fill)
-    return state | {name: fill(shape, dtype) for name, shape in _text_shapes().items()}
+    return state | {name: fill(shape, dtype) for name, shape in _text_shapes(text_layers).items()}
 
 
 def tiny_checkpoint(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
@@ -47,7 +47,7 @@ def tiny_checkpoint(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     return path
 
 
-def _text_shapes() -> dict[str, tuple[int, ...]]:
+def _text_shapes(layers: int) -> dict[str, tuple[int, ...]]:
     layer = {
         "layer_norm1.weight": (WIDTH,),
         "layer_norm1.bias": (WIDTH,),
@@ -66,5 +66,6 @@ def _text_shapes() -> dict[str, tuple[int, ...]]:
         "final_layer_norm.weight": (WIDTH,),
         "final_layer_norm.bias": (WIDTH,),
     }
-    shapes |= {f"encoder.layers.0.{name}": shape for name, shape in layer.items()}
+    for number in range(layers):
+        shapes |= {f"encoder.layers.{number}.{name}": shape for name, shape in layer.items()}
     return {f"cond_stage_model.transformer.text_model.{name}": shape for name, shape in shapes.items()}

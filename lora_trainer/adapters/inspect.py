@@ -15,9 +15,10 @@ import torch
 from lora_trainer.adapters.hashes import model_hash
 from lora_trainer.adapters.load import Lora, read_lora
 from lora_trainer.adapters.naming import Factors
+from lora_trainer.errors import printable
 
 _BLOCK = re.compile(
-    r"lora_(unet|te\d?)_(?:text_model_encoder_)?((?:down|up)_blocks_\d+|mid_block|layers_\d+|[a-z]+_blocks?_\d+)?"
+    r"lora_(unet|te\d?)_(?:text_model_encoder_)?((?:down|up)_blocks_[0-9]{1,4}|mid_block|layers_[0-9]{1,4}|[a-z]+_blocks?_[0-9]{1,4})?"
 )
 _TRAINING = {
     "base model": "ss_sd_model_name",
@@ -66,12 +67,13 @@ class Report:
             f"sshs_model_hash: {hashes[self.hash_matches]}",
         ]
         lines += [f"{label}: {value}" for label, value in self.training.items()]
+        lines = [printable(line) for line in lines]
         widest = max((norm for norm in self.norms.values() if norm), default=1.0)
         lines.append("norm by block:")
         for block, norm in self.norms.items():
             bar = "not finite" if norm is None else f"{norm:9.4f}  {'#' * round(30 * norm / widest)}"
             lines.append(f"  {block:<24} {bar}")
-        return lines + [f"warning: {warning}" for warning in self.warnings]
+        return lines + [printable(f"warning: {warning}") for warning in self.warnings]
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), ensure_ascii=False)
@@ -119,7 +121,8 @@ def _norms(factors: Mapping[str, Factors]) -> dict[str, float | None]:
     squares: dict[str, float] = {}
     for name, f in factors.items():
         block = _block(name)[1]
-        squares[block] = squares.get(block, 0.0) + _norm(f) ** 2
+        norm = _norm(f)
+        squares[block] = squares.get(block, 0.0) + norm * norm
     return {
         block: math.sqrt(squares[block]) if math.isfinite(squares[block]) else None
         for block in sorted(squares, key=_natural)
@@ -132,9 +135,12 @@ def _natural(name: str) -> list[tuple[bool, int, str]]:
 
 
 def _norm(f: Factors) -> float:
-    """‖(alpha / r) B A‖ = (alpha / r) sqrt(tr(AAᵀ BᵀB)), without forming BA."""
+    """‖(alpha / r) B A‖ = (alpha / r) sqrt(tr(AAᵀ BᵀB)), without forming BA where that is larger."""
     a, b = f.down.double().flatten(1), f.up.double().flatten(1)
-    product = torch.trace((a @ a.T) @ (b.T @ b)).clamp(min=0)
+    if f.rank * f.rank <= len(b) * a.shape[1]:
+        product = torch.trace((a @ a.T) @ (b.T @ b)).clamp(min=0)
+    else:
+        product = (b @ a).square().sum()
     return f.alpha / f.rank * math.sqrt(product.item()) if torch.isfinite(product) else math.nan
 
 

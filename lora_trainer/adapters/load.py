@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from lora_trainer.adapters.naming import TEXT_PREFIX, UNET_PREFIX, Factors, kohya_name
-from lora_trainer.errors import ModelError
+from lora_trainer.errors import ModelError, shown
 from lora_trainer.models.checkpoint import read_header, stored_tensors
 
 _KOHYA = re.compile(r"(?P<name>lora_[a-z0-9]+_.+)\.(?P<part>lora_(?:down|up|A|B)\.weight|alpha)")
@@ -28,6 +28,9 @@ _PARTS = {
     "lora_B.weight": "up",
     "alpha": "alpha",
 }
+
+# No number beyond this is an alpha; JSON may hold whole numbers that no float can.
+_LARGEST = 1e30
 
 
 @dataclass(frozen=True)
@@ -126,13 +129,15 @@ def _configured_alphas(path: Path, metadata: Mapping[str, str], shapes: Mapping[
         network, module = found["network"], found["name"]
         pattern = config.get(f"{network}.alpha_pattern") or {}
         if not isinstance(pattern, dict):
-            raise ModelError(f"{path}: lora_adapter_metadata: expected an object as alpha_pattern, found {pattern!r}")
+            found = shown(pattern)
+            raise ModelError(f"{path}: lora_adapter_metadata: expected an object as alpha_pattern, found {found}")
         own = (a for ending, a in pattern.items() if f".{module}".endswith(f".{ending.lstrip('^')}"))
         alpha = next(own, config.get(f"{network}.lora_alpha"))
         if alpha is None:
             continue
-        if not isinstance(alpha, (int, float)):
-            raise ModelError(f"{path}: lora_adapter_metadata: expected a number as alpha of {module}, found {alpha!r}")
+        if not isinstance(alpha, (int, float)) or abs(alpha) > _LARGEST:
+            wanted = f"expected a number as alpha of {module}, found {shown(alpha)}"
+            raise ModelError(f"{path}: lora_adapter_metadata: {wanted}")
         # Rank-stabilised LoRA scales by alpha / sqrt(r).
         stabilised = math.sqrt(shape[0]) if config.get(f"{network}.use_rslora") else 1.0
         alphas[kohya_name(prefixes[network], module)] = alpha * stabilised

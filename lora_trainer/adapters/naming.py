@@ -10,6 +10,8 @@ from torch import Tensor
 
 UNET_PREFIX = "lora_unet"
 TEXT_PREFIX = "lora_te"
+# The networks of a run, by diffusers' names of them.
+PREFIXES = {"unet": UNET_PREFIX, "text_encoder": TEXT_PREFIX}
 
 
 @dataclass(frozen=True)
@@ -29,13 +31,15 @@ class Factors:
 
 
 def kohya_name(prefix: str, module_name: str) -> str:
-    """kohya's name of a module, such as lora_unet_down_blocks_0_attentions_0_proj_in.
-
-    transformers 5 dropped CLIP's `text_model` level; the names of text encoder modules keep it.
-    """
-    if prefix.startswith(TEXT_PREFIX) and not module_name.startswith("text_model."):
-        module_name = "text_model." + module_name
+    """kohya's name of a module, such as lora_unet_down_blocks_0_attentions_0_proj_in."""
+    if prefix.startswith(TEXT_PREFIX):
+        module_name = text_name(module_name)
     return f"{prefix}_{module_name.replace('.', '_')}"
+
+
+def text_name(module_name: str) -> str:
+    """A text encoder module's name in files: transformers 5 dropped CLIP's `text_model` level, files keep it."""
+    return module_name if module_name.startswith("text_model.") else f"text_model.{module_name}"
 
 
 def to_kohya(prefix: str, factors: Mapping[str, Factors]) -> dict[str, Tensor]:
@@ -49,14 +53,14 @@ def to_kohya(prefix: str, factors: Mapping[str, Factors]) -> dict[str, Tensor]:
     return tensors
 
 
-def to_diffusers(factors: Mapping[str, Factors]) -> dict[str, Tensor]:
-    """The tensors of a UNet's `factors` under the names of pytorch_lora_weights.safetensors.
+def to_diffusers(factors: Mapping[str, Factors], network: str = "unet") -> dict[str, Tensor]:
+    """The tensors of `factors` under the names of pytorch_lora_weights.safetensors; `network` is one of PREFIXES.
 
     Only recent diffusers can read an alpha with this form, from the header; every version applies up · down as it is
     when there is none, so alpha / rank is folded into up.
     """
     tensors: dict[str, Tensor] = {}
     for module_name, f in factors.items():
-        tensors[f"unet.{module_name}.lora_A.weight"] = f.down
-        tensors[f"unet.{module_name}.lora_B.weight"] = f.up * (f.alpha / f.rank)
+        tensors[f"{network}.{module_name}.lora_A.weight"] = f.down
+        tensors[f"{network}.{module_name}.lora_B.weight"] = f.up * (f.alpha / f.rank)
     return tensors

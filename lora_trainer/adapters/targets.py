@@ -1,7 +1,8 @@
-"""Which modules of a UNet are trained."""
+"""Which modules of a UNet and of a text encoder are trained."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from difflib import get_close_matches
 
@@ -12,6 +13,8 @@ from lora_trainer.errors import ConfigError
 # What kohya's trainer targets by default in each Transformer2DModel, and with convolutions in the rest.
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out")
 CONV = ("conv1", "conv2", "conv_shortcut", "time_emb_proj", "downsamplers.0.conv", "upsamplers.0.conv")
+# kohya's in each layer of a CLIP text encoder.
+TEXT = re.compile(r"(?:.+\.)?layers\.(\d+)\.(?:self_attn\.(?:[qkv]|out)_proj|mlp\.fc[12])")
 SETS = {"default": ATTENTION, "conv": CONV}
 # The names of language models and of PEFT's examples.
 ALIASES = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out.0"}
@@ -36,6 +39,12 @@ def select(model: nn.Module, target_modules: Sequence[str]) -> tuple[str, ...]:
     if problems:
         raise ConfigError(problems)
     return tuple(name for name in names if name in chosen)
+
+
+def select_text(model: nn.Module, layers: int) -> tuple[str, ...]:
+    """Names of the modules of a CLIP text encoder that are trained, in its first `layers` layers and in its order."""
+    found = ((name, TEXT.fullmatch(name)) for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    return tuple(name for name, match in found if match and int(match[1]) < layers)
 
 
 def _ends(name: str, ending: str) -> bool:

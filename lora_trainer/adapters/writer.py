@@ -1,20 +1,13 @@
-"""Writing files: safetensors whose equal inputs give equal bytes, and publishing that is all or nothing."""
+"""Safetensors files whose equal inputs give equal bytes."""
 
 from __future__ import annotations
 
-import errno
 import json
-import os
-import secrets
 import struct
 from collections.abc import Mapping
-from contextlib import suppress
-from pathlib import Path
 
 import torch
 from torch import Tensor
-
-from lora_trainer.errors import OutputError
 
 _DTYPES = {
     torch.float16: "F16",
@@ -27,7 +20,12 @@ _DTYPES = {
 
 
 def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """A .safetensors file (github.com/huggingface/safetensors, "Format") with sorted header and tensors.
+    """A .safetensors file (github.com/huggingface/safetensors, "Format") with sorted header and tensors."""
+    return b"".join(in_parts(tensors, metadata))
+
+
+def in_parts(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> list[bytes | memoryview]:
+    """`serialize` in parts: the header, then each tensor, without copying those that lie whole in memory.
 
     The official library orders metadata at random in each process. Metadata is UTF-8: what cannot be encoded (a
     folder's name in another encoding, on Linux) becomes "?", since a finished run is worth more than a name.
@@ -41,46 +39,14 @@ def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> byt
         header[name] = {
             "dtype": _DTYPES[tensors[name].dtype],
             "shape": list(tensors[name].shape),
-            "data_offsets": [end, end + len(data)],
+            "data_offsets": [end, end + data.nbytes],
         }
         parts.append(data)
-        end += len(data)
+        end += data.nbytes
     text = json.dumps(header, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
     text += b" " * (-len(text) % 8)
-    return b"".join([struct.pack("<Q", len(text)), text, *parts])
+    return [struct.pack("<Q", len(text)) + text, *parts]
 
 
-def publish(data: bytes, target: Path) -> None:
-    """Put `data` under `target` whole: a temporary file in the same folder, flushed, then moved into place.
-
-    Raises OutputError; `target` is then as it was and no temporary file is left.
-    """
-    temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except OSError as error:
-        reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
-        raise OutputError(f"{target}: not written: {reason} ({len(data):,} bytes)") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-    _sync_folder(target.parent)
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the new name survive a power cut, where the system can."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 PREFIX = "/lora-trainer/v1"
 MAX_BODY = 1024 * 1024
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
-_DETAILS = {"losses", "validations", "log", "settings"}
+_DETAILS = {"losses", "validations", "log", "settings", "details"}
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -68,6 +68,14 @@ def stop_job(call: Call) -> Answer:
     return _of_job(call.host.jobs.stop, call.id)
 
 
+def pause_job(call: Call) -> Answer:
+    return _of_job(call.host.jobs.pause, call.id)
+
+
+def continue_job(call: Call) -> Answer:
+    return _of_job(call.host.jobs.go_on, call.id)
+
+
 def show_schema(call: Call) -> Answer:
     return answer(settings_schema())
 
@@ -78,6 +86,8 @@ ROUTES: tuple[tuple[str, str, Handler], ...] = (
     ("GET", "/jobs", list_jobs),
     ("GET", "/jobs/{id}", show_job),
     ("POST", "/jobs/{id}/stop", stop_job),
+    ("POST", "/jobs/{id}/pause", pause_job),
+    ("POST", "/jobs/{id}/continue", continue_job),
     ("GET", "/schema", show_schema),
 )
 

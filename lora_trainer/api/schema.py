@@ -9,7 +9,7 @@ import msgspec
 from lora_trainer.config.options import Option, options
 from lora_trainer.config.schema import GROUPS, Config
 
-FILLED_BY_HOST = frozenset({"base_model", "output_dir"})
+FILLED_BY_HOST = frozenset({"base_model", "output_dir", "cache_dir"})
 
 
 def settings_schema() -> dict[str, Any]:

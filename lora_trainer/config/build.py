@@ -13,13 +13,15 @@ from lora_trainer.config.convert import Problem, convert, unknown
 from lora_trainer.config.options import options
 from lora_trainer.config.rules import FORBIDDEN, MAX_NAME_BYTES, problems
 from lora_trainer.config.schema import Config
-from lora_trainer.errors import ConfigError
+from lora_trainer.errors import MAX_LINES, ConfigError
 
 
 def build(*sources: Mapping[str, object]) -> Config:
     """The config of `sources`, of which later ones win. Raises ConfigError with every problem at once."""
     merged = {key: value for source in sources for key, value in source.items()}
-    found = [unknown(key) for key in merged if key not in options()]
+    strange = [key for key in merged if key not in options()]
+    # Searching a near name takes its time, and ConfigError shows no more of them.
+    found = [unknown(key) for key in strange[: MAX_LINES + 1]]
     values: dict[str, Any] = {}
     for key, option in options().items():
         if key not in merged:

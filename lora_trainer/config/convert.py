@@ -9,6 +9,7 @@ from typing import Any, Literal
 import msgspec
 
 from lora_trainer.config.options import Option, options
+from lora_trainer.errors import printable, shown
 
 _TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")
 
@@ -22,19 +23,19 @@ def convert(option: Option, value: object) -> Any:
     try:
         prepared = _prepare(option, value)
         result = msgspec.convert(prepared, option.type, strict=False)
-    except (msgspec.ValidationError, ValueError):
-        found = "nothing" if value is None else repr(value)
+    except (msgspec.ValidationError, ValueError, OverflowError):
+        found = "nothing" if value is None else shown(value)
         raise Problem(f"{option.key}: expected {option.expected}, found {found}") from None
     if isinstance(result, float) and not math.isfinite(result):
-        raise Problem(f"{option.key}: expected {option.expected}, found {value!r}")
+        raise Problem(f"{option.key}: expected {option.expected}, found {shown(value)}")
     return result
 
 
 def unknown(key: str) -> str:
     """The problem of a key that does not exist."""
-    near = get_close_matches(key, options(), n=1, cutoff=0.6)
+    near = get_close_matches(key, options(), n=1, cutoff=0.6) if len(key) < 100 else []
     hint = f"; did you mean {near[0]}?" if near else "; `lora-trainer options` lists all"
-    return f"{key}: no such option{hint}"
+    return f"{printable(key, 100)}: no such option{hint}"
 
 
 def _prepare(option: Option, value: object) -> object:
@@ -82,4 +83,6 @@ def _whole(value: object) -> int:
 def _text(value: object) -> str:
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise ValueError
-    return str(value)
+    text = str(value)
+    text.encode()  # half of a surrogate pair is a ValueError: neither a file nor a page could hold it
+    return text

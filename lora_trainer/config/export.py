@@ -11,10 +11,10 @@ import msgspec
 import yaml
 
 from lora_trainer.config.options import Option, options
-from lora_trainer.config.schema import GROUPS, Config
+from lora_trainer.config.schema import GROUPS, PATHS, Config
 
-PATHS = ("base_model", "train_data_dir", "metadata_path", "validation_data_dir", "output_dir")
 PRIVATE = ("sample_prompts", "sample_negative_prompt")
+TEXT_ENCODER = ("train_text_encoder", "text_encoder_lr")
 TABLE_START, TABLE_END = "<!-- options:start -->", "<!-- options:end -->"
 
 
@@ -24,8 +24,11 @@ def to_yaml(config: Config) -> str:
 
 
 def to_header(config: Config) -> str:
-    """JSON for the file's header: absolute paths and previews are left out unless `metadata_private`."""
+    """JSON for the file's header: absolute paths and previews are left out unless `metadata_private`, and the settings
+    of a text encoder that is not trained."""
     values = msgspec.structs.asdict(config)
+    if not config.train_text_encoder:
+        values = {key: value for key, value in values.items() if key not in TEXT_ENCODER}
     if not config.metadata_private:
         values = {key: value for key, value in values.items() if key not in PRIVATE and not _reveals(key, value)}
         if "sample_prompts" not in values:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from lora_trainer.config.schema import Config
+from lora_trainer.config.schema import PATHS, Config
+from lora_trainer.errors import shown
 
 # The WebUI's prompt syntax cannot name a LoRA with these, and file systems refuse the rest.
 FORBIDDEN = re.compile(r'[:<>,/\\|?*"\x00-\x1f\x7f]')
@@ -29,6 +30,11 @@ def _previews(config: Config) -> Iterator[str]:
         yield "sample_every: expected sample_prompts beside it, found none"
 
 
+def _text_encoder(config: Config) -> Iterator[str]:
+    if config.text_encoder_lr is not None and not config.train_text_encoder:
+        yield "text_encoder_lr: expected train_text_encoder beside it, found it switched off"
+
+
 def _warmup(config: Config) -> Iterator[str]:
     if config.max_train_steps is not None and config.lr_warmup_steps >= config.max_train_steps:
         yield (
@@ -41,6 +47,9 @@ def _paths(config: Config) -> Iterator[str]:
     for key in ("base_model", "train_data_dir", "output_dir"):
         if not getattr(config, key).strip():
             yield f"{key}: expected a path, found nothing"
+    for key in PATHS:
+        if "\0" in (getattr(config, key) or ""):
+            yield f"{key}: expected a path without NUL bytes, found {shown(getattr(config, key))}"
 
 
 def _name(config: Config) -> Iterator[str]:
@@ -48,11 +57,11 @@ def _name(config: Config) -> Iterator[str]:
     if name is None:
         return
     if FORBIDDEN.search(name):
-        yield f'output_name: expected a name without : < > , / \\ | ? * " and control characters, found {name!r}'
+        yield f'output_name: expected a name without : < > , / \\ | ? * " and control characters, found {shown(name)}'
     if name.split(".")[0].strip().lower() in RESERVED or not name.strip(" .") or name != name.strip(" ."):
-        yield f"output_name: expected a name that the WebUI and Windows allow, found {name!r}"
+        yield f"output_name: expected a name that the WebUI and Windows allow, found {shown(name)}"
     if len(name.encode()) > MAX_NAME_BYTES:
         yield f"output_name: expected at most {MAX_NAME_BYTES} bytes, found {len(name.encode())}"
 
 
-RULES = (_paths, _validation, _previews, _warmup, _name)
+RULES = (_paths, _validation, _previews, _text_encoder, _warmup, _name)

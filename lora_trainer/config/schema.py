@@ -19,6 +19,8 @@ def _about(group: str, text: str, **bounds: Any) -> Meta:
 MODEL, DATA, LORA = "Model", "Data", "LoRA"
 TRAINING, OUTPUT, PREVIEWS = "Training", "Output", "Validation and previews"
 GROUPS = (MODEL, DATA, LORA, TRAINING, OUTPUT, PREVIEWS)
+# The options that name a file or a folder.
+PATHS = ("base_model", "train_data_dir", "metadata_path", "validation_data_dir", "cache_dir", "output_dir")
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -81,6 +83,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         | None
     ) = None
     allow_upscaling: Annotated[bool, _about(DATA, "Enlarge pictures that are smaller than the resolution.")] = False
+    cache_dir: (
+        Annotated[
+            str,
+            _about(DATA, "A folder that keeps encoded pictures and captions for the next run; else in memory only."),
+        ]
+        | None
+    ) = None
     trigger_words: Annotated[
         str, _about(DATA, "Words put in front of each caption that lacks them, and named in the file.")
     ] = ""
@@ -104,10 +113,20 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         list[str],
         _about(
             LORA,
-            "The sets default (kohya's 192 modules) and conv (adds convolutions), or endings of module names: to_q.",
+            "In the UNet: the sets default (kohya's 192 modules), conv (adds convolutions), or endings of names: to_q.",
             min_length=1,
         ),
     ] = msgspec.field(default_factory=lambda: ["default"])
+
+    train_text_encoder: Annotated[
+        bool, _about(LORA, "A LoRA on the text encoder too, for words that it does not know; slower.")
+    ] = False
+    text_encoder_lr: (
+        Annotated[
+            float, _about(LORA, "The text encoder's learning rate; half of learning_rate when left out.", gt=0, le=1)
+        ]
+        | None
+    ) = None
 
     batch_size: Annotated[int, _about(TRAINING, "Pictures at once. Lower it when memory runs out.", ge=1, le=1024)] = 4
     gradient_accumulation_steps: Annotated[
@@ -161,6 +180,14 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         "fp16"
     )
     save_steps: Annotated[int, _about(OUTPUT, "Also save every so many steps; 0: only at the end.", ge=0)] = 0
+    checkpoint_every: Annotated[
+        int,
+        _about(
+            OUTPUT,
+            "Keep a full state to resume from every so many steps, in OUTPUT_DIR/state; 0: only at a pause or the end.",
+            ge=0,
+        ),
+    ] = 100
     overwrite: Annotated[
         bool, _about(OUTPUT, "Replace a LoRA of the same name; otherwise the new one gets a number.")
     ] = False

@@ -3,35 +3,18 @@
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from lora_trainer.config.header import read_json_header
 from lora_trainer.config.options import options
+from lora_trainer.config.yaml_text import YamlProblem, parse_yaml
 from lora_trainer.errors import ConfigError
 
 HEADER_KEY = "lora_trainer_config"
-MAX_FILE_BYTES = 1024 * 1024
-MAX_HEADER_BYTES = 100 * 1024 * 1024
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses a key written twice."""
-
-
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
-    seen = set()
-    for key, _ in node.value:
-        if isinstance(key, yaml.ScalarNode) and key.value in seen:
-            raise yaml.MarkedYAMLError(problem=f"the key {key.value} stands there twice", problem_mark=key.start_mark)
-        seen.add(getattr(key, "value", None) if isinstance(key, yaml.ScalarNode) else None)
-    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
-
-
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+# Of more than this, reading YAML takes seconds.
+MAX_FILE_BYTES = 64 * 1024
 
 
 def read_file(path: Path) -> Mapping[str, object]:
@@ -41,18 +24,18 @@ def read_file(path: Path) -> Mapping[str, object]:
     try:
         data = _read(path)
         text = data.decode("utf-8-sig")
-        loaded = json.loads(text) if path.suffix.lower() == ".json" else yaml.load(text, _Loader)
+        loaded = json.loads(text) if path.suffix.lower() == ".json" else parse_yaml(text)
     except UnicodeDecodeError as error:
         raise ConfigError(
             [f"{path}: expected UTF-8 text, found byte {data[error.start]:#04x} at {error.start}"]
         ) from None
     except json.JSONDecodeError as error:
         raise ConfigError([f"{path}, line {error.lineno}: not valid JSON: {error.msg}"]) from None
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else "?"
-        raise ConfigError([f"{path}, line {line}: not valid YAML: {error.problem}"]) from None
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise ConfigError([f"{path}: not valid: {str(error).splitlines()[0]}"]) from None
+    except YamlProblem as error:
+        line = f", line {error.line}" if error.line else ""
+        raise ConfigError([f"{path}{line}: not valid YAML: {error}"]) from None
+    except (RecursionError, ValueError) as error:
+        raise ConfigError([f"{path}: not valid: {error}"]) from None
     if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
         raise ConfigError([f"{path}: expected lines of `key: value`, found {type(loaded).__name__}"])
     return loaded
@@ -84,8 +67,8 @@ def parse_overrides(arguments: Sequence[str]) -> Mapping[str, object]:
 def _value(text: str) -> Any:
     """A shell word as YAML would read it; what is no scalar or list stays text."""
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = parse_yaml(text)
+    except YamlProblem:
         return text
     return value if isinstance(value, (bool, int, float, list)) or text.strip() in ("null", "~") else text
 
@@ -96,31 +79,34 @@ def _is_boolean(text: str) -> bool:
 
 def _read(path: Path) -> bytes:
     try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise ConfigError([f"{path}: expected settings of at most 1 MiB, found {path.stat().st_size} bytes"])
-        return path.read_bytes()
+        with path.open("rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
     except FileNotFoundError:
         raise ConfigError([f"{path}: no such file; expected a .yaml, .json or .safetensors file"]) from None
     except OSError as error:
         raise ConfigError([f"{path}: cannot be read: {error.strerror}"]) from None
+    if len(data) > MAX_FILE_BYTES:
+        raise ConfigError([f"{path}: expected settings of at most {MAX_FILE_BYTES // 1024} KiB, found more"])
+    return data
 
 
 def _header_config(path: Path) -> Mapping[str, object]:
     try:
-        with path.open("rb") as file:
-            length = struct.unpack("<Q", file.read(8))[0]
-            if length > MAX_HEADER_BYTES:
-                raise ValueError
-            metadata = json.loads(file.read(length)).get("__metadata__", {})
+        metadata = read_json_header(path).get("__metadata__")
     except FileNotFoundError:
         raise ConfigError([f"{path}: no such file"]) from None
     except OSError as error:
         raise ConfigError([f"{path}: cannot be read: {error.strerror}"]) from None
-    except (ValueError, struct.error, AttributeError):
-        raise ConfigError([f"{path}: expected a .safetensors file, found something else or a truncated one"]) from None
-    if HEADER_KEY not in metadata:
+    except ValueError as error:
+        raise ConfigError(
+            [f"{path}: expected a .safetensors file, found something else or a truncated one ({error})"]
+        ) from None
+    if not isinstance(metadata, dict) or HEADER_KEY not in metadata:
         raise ConfigError([f"{path}: expected a LoRA made by LoRA Trainer, found no settings in its header"])
     try:
-        return dict(json.loads(metadata[HEADER_KEY]))
-    except (ValueError, TypeError):
-        raise ConfigError([f"{path}: the settings in its header are damaged"]) from None
+        settings = json.loads(metadata[HEADER_KEY])
+    except (ValueError, TypeError, RecursionError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise ConfigError([f"{path}: the settings in its header are damaged"])
+    return settings

@@ -5,16 +5,20 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from lora_trainer.dataset.encodings import decode
-from lora_trainer.errors import DataError
+from lora_trainer.errors import DataError, printable
 
 FILE_COLUMNS = ("file_name", "filename", "file", "image", "image_path", "path", "img")
 TEXT_COLUMNS = ("text", "caption", "prompt", "description", "tags")
-MAX_FILE_BYTES = 64 * 1024 * 1024
+# More than these is no data set for a LoRA, and takes minutes to read.
+MAX_FILE_BYTES = 32 * 1024 * 1024
+MAX_LINES, MAX_LINE = 200_000, 1_000_000
+MAX_CAPTION = 20_000
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ def read_metadata(path: Path) -> tuple[list[Row], list[str]]:
     """The rows of a .jsonl or else CSV file, and what should be said about it. Raises DataError."""
     text, encoding = read_text(path)
     notes = [] if encoding == "UTF-8" else [f"{path.name}: read as {encoding}"]
+    _refuse_large(path, text)
     is_json = path.suffix.lower() in (".jsonl", ".json", ".ndjson")
     rows = _jsonl(path, text) if is_json else _csv(path, text, notes)
     if not rows:
@@ -38,6 +43,7 @@ def read_metadata(path: Path) -> tuple[list[Row], list[str]]:
     for row in rows:
         if not row.file:
             raise DataError(f"{path}, line {row.number}: expected a file name, found none")
+        refuse_long(f"{path}, line {row.number}", row.caption)
         first = seen.setdefault(posix(row.file), row.number)
         if first != row.number:
             raise DataError(f"{path}: expected one row for {row.file}, found lines {first} and {row.number}")
@@ -59,6 +65,21 @@ def read_text(path: Path) -> tuple[str, str]:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
 
+def refuse_long(place: str, caption: str) -> None:
+    """Raises DataError for what is no caption any more: the tokenizer would take minutes for it."""
+    if len(caption) > MAX_CAPTION:
+        raise DataError(f"{place}: expected a caption of at most {MAX_CAPTION:,} characters, found {len(caption):,}")
+
+
+def _refuse_large(path: Path, text: str) -> None:
+    count = max(text.count("\n"), text.count("\r"))
+    if count > MAX_LINES:
+        raise DataError(f"{path}: expected at most {MAX_LINES:,} lines, found {count:,}")
+    longest = max(map(len, re.split("[\r\n]", text)))
+    if longest > MAX_LINE:
+        raise DataError(f"{path}: expected lines of at most {MAX_LINE:,} characters, found one of {longest:,}")
+
+
 def posix(file: str) -> str:
     """A file name of a row with one way to write it: forward slashes, no leading or doubled `./`."""
     return PurePosixPath(file.replace("\\", "/")).as_posix()
@@ -76,7 +97,7 @@ def _csv(path: Path, text: str, notes: list[str]) -> list[Row]:
         return [_plain_row(path, number, cells, delimiter) for number, cells in lines]
     others = [name for at, name in enumerate(names) if at not in (file_at, text_at) and name]
     if others:
-        notes.append(f"{path.name}: columns not used: {', '.join(others)}")
+        notes.append(printable(f"{path.name}: columns not used: {', '.join(others)}"))
     for number, cells in lines[1:]:
         if len(cells) <= max(file_at, text_at) or any(cells[len(names) :]):
             wanted = f"expected {len(names)} columns, found {len(cells)}; put captions with a {delimiter!r} in quotes"

@@ -10,10 +10,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
 
-from lora_trainer.errors import DataError
+from lora_trainer.errors import DataError, printable
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MAX_PIXELS = 200_000_000
+MAX_RUN_LENGTH_PIXELS = 8_000_000
+# Pixels times passes: twice what the largest picture needs.
+MAX_PROGRESSIVE_WORK = 20 * MAX_PIXELS
 
 # Only these decoders are tried, whatever the suffix says. Others reach further than a picture should: EPS
 # starts Ghostscript.
@@ -52,6 +55,7 @@ def load_image(path: Path) -> Image.Image:
     """
     with _opened(path) as image:
         orientation = _orientation(image)
+        _refuse_slow(path, image)
         with _truncation_is_an_error():
             image.load()
         upright = _UPRIGHT.get(orientation)
@@ -66,8 +70,20 @@ def image_size(path: Path) -> tuple[int, int]:
     with _opened(path) as image:
         width, height = image.size
         if image.format == "TIFF":
-            width, height = image.tag_v2[_TIFF_WIDTH], image.tag_v2[_TIFF_HEIGHT]
+            width, height = int(image.tag_v2[_TIFF_WIDTH]), int(image.tag_v2[_TIFF_HEIGHT])
         return (height, width) if _orientation(image) in _SIDEWAYS else (width, height)
+
+
+def _refuse_slow(path: Path, image: Image.Image) -> None:
+    """Small files that would take minutes: each pass of a progressive JPEG visits every pixel, be it with nothing to
+    say, and Pillow fills the rest of a line of a run-length coded BMP byte by byte."""
+    pixels = image.width * image.height
+    if image.format == "BMP" and image.tile and image.tile[0][0] == "bmp_rle" and pixels > MAX_RUN_LENGTH_PIXELS:
+        raise ImageError(path, f"has too many pixels for a compressed BMP: expected at most {MAX_RUN_LENGTH_PIXELS:,}")
+    if image.info.get("progressive"):
+        passes = path.read_bytes().count(b"\xff\xda")
+        if passes * pixels > MAX_PROGRESSIVE_WORK:
+            raise ImageError(path, f"has too many passes to be safe, {passes:,}; save it as an ordinary JPEG")
 
 
 @contextmanager
@@ -134,15 +150,23 @@ def _rgb(image: Image.Image) -> Image.Image:
 def _eight_bits(image: Image.Image) -> Image.Image:
     """Modes I;16, I and F as L. White is the least usual maximum that holds all values (65535; for floats 1,
     255, 65535), else the greatest value. Negative values and NaN are black."""
-    values = np.nan_to_num(np.asarray(image).astype(np.float64))
+    values = np.asarray(image)
     usual = (1.0, 255.0, 65535.0) if image.mode == "F" else (65535.0,)
-    highest = values.max()
+    highest = max(np.nan_to_num(rows.astype(np.float64)).max() for rows in _strips(values))
     white = next((top for top in usual if highest <= top), highest)
-    scaled = np.clip(values / white, 0, 1) * 255
     transparent = image.info.get("transparency")
-    if isinstance(transparent, int):
-        scaled[values == transparent] = 255
-    return Image.fromarray((scaled + 0.5).astype(np.uint8))
+    grey = np.empty(values.shape, np.uint8)
+    for rows, target in zip(_strips(values), _strips(grey), strict=True):
+        scaled = np.clip(np.nan_to_num(rows.astype(np.float64)) / white, 0, 1) * 255
+        if isinstance(transparent, int):
+            scaled[rows == transparent] = 255
+        target[:] = scaled + 0.5
+    return Image.fromarray(grey)
+
+
+def _strips(values: np.ndarray) -> list[np.ndarray]:
+    """Views of some rows each: at 8 bytes a number a large picture would take gigabytes."""
+    return [values[row : row + 64] for row in range(0, len(values), 64)]
 
 
 def _has_transparency(image: Image.Image) -> bool:
@@ -168,4 +192,4 @@ def _srgb(image: Image.Image, profile: bytes) -> Image.Image:
 def _one_line(error: Exception) -> str:
     """An OSError's own words without its path, else the first line, else the kind of error."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return text.splitlines()[0]
+    return printable(text.splitlines()[0], 300)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from lora_trainer.dataset.captions import clean, posix, read_metadata, read_text
+from lora_trainer.dataset.captions import clean, posix, read_metadata, read_text, refuse_long
 from lora_trainer.dataset.images import IMAGE_SUFFIXES
 from lora_trainer.errors import DataError
 
@@ -155,6 +155,7 @@ def _add_sidecars(captions: Captions, images: Sequence[Path], notes: list[str]) 
             if encoding != "UTF-8":
                 notes.append(f"{place.name}: read as {encoding}")
             if text.strip():
+                refuse_long(str(place), text)
                 captions[image] = (clean(text), place.suffix)
 
 

@@ -3,37 +3,43 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
+from diffusers import AutoencoderKL
+from PIL import Image
 from torch import Tensor
 
-from lora_trainer.dataset.buckets import Bucket, fit, place
-from lora_trainer.dataset.images import ImageError, load_image
+from lora_trainer.dataset.buckets import Bucket
+from lora_trainer.dataset.cache import Cache, key_of
+from lora_trainer.dataset.decode import Sizes, content_hash, cut, made_ahead
+from lora_trainer.dataset.images import ImageError
 from lora_trainer.dataset.items import Item
 from lora_trainer.errors import DataError
 from lora_trainer.events import EventSink, Notice, Progress
-from lora_trainer.models.latents import encode, latent_shape, to_tensor
-from lora_trainer.models.model import Model
+from lora_trainer.models.latents import Moments, latent_shape, posterior, sampled, to_tensor
 
 # Draws the posterior's noise for (index of the item, shape of its latents): [1, *shape] float32.
 LatentNoise = Callable[[int, tuple[int, int, int]], Tensor]
+NO_CACHE = Cache(None)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One image, ready to train on. latents [4, h, w] and context [77 n, width], float32 on the CPU."""
+    """One image, ready: latents [4, h, w] float32 on the CPU, and the caption as `Encoders.read` gives it."""
 
     item: Item
     bucket: Bucket
     latents: Tensor
-    context: Tensor
+    text: Mapping[str, Tensor]
 
     @property
     def group(self) -> Hashable:
         """Samples of one group have the same shapes."""
-        return (self.bucket.width, self.bucket.height, self.context.shape[0])
+        tokens = self.text["ids"].numel() if "ids" in self.text else self.text["context"].shape[0]
+        return (self.bucket.width, self.bucket.height, tokens)
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,7 @@ class Encoded:
     between: Callable[[], object] = lambda: None
     samples: list[Sample] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
-    contexts: dict[str, Tensor] = field(default_factory=dict)
+    captions: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
     @property
     def count(self) -> int:
@@ -69,16 +75,33 @@ class Encoded:
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """How pictures are cut: the area of a bucket is at most `resolution` squared."""
+class Encoders:
+    """`vae` makes latents of pictures, `read` of a caption what a batch holds of it, under the names of its fields:
+    the frozen encoder's embedding, or the token ids for a trained one.
 
-    resolution: int
-    allow_upscaling: bool = False
+    `vae_key` and `text_key` tell in a cache what they are; a caption is not cached without a key.
+    """
+
+    vae: AutoencoderKL
+    read: Callable[[str], Mapping[str, Tensor]]
+    vae_key: str = ""
+    text_key: str = ""
+    cache: Cache = NO_CACHE
+
+
+@dataclass(frozen=True)
+class Picture:
+    """The posterior of a picture's latents, and its place in the cache; or the picture, still to be encoded."""
+
+    bucket: Bucket
+    key: str
+    moments: Moments | None = None
+    image: Image.Image | None = None
 
 
 def prepare(
     items: Sequence[Item],
-    model: Model,
+    encoders: Encoders,
     sizes: Sizes,
     *,
     noise: LatentNoise,
@@ -91,18 +114,25 @@ def prepare(
     is left.
     """
     kept = Encoded() if kept is None else kept
-    for index, item in enumerate(items[kept.count :], start=kept.count):
-        kept.between()
-        try:
-            bucket, latents = _latents(item, index, model, sizes, noise)
-        except (ImageError, ValueError) as error:
-            kept.skipped.append(str(error))
-            sink(Notice(text=f"skipped: {error}", level="warning"))
-        else:
-            if item.caption not in kept.contexts:
-                kept.contexts[item.caption] = encode_caption(model, item.caption)
-            kept.samples.append(Sample(item, bucket, latents, kept.contexts[item.caption]))
+    rest = items[kept.count :]
+    read = partial(_read, sizes=sizes, encoders=encoders)
+    with made_ahead(rest, read) as pictures:
+        for index, (item, picture) in enumerate(zip(rest, pictures, strict=True), start=kept.count):
+            kept.between()
+            try:
+                bucket, latents = _latents(item, picture(), encoders, partial(noise, index))
+            except (ImageError, ValueError) as error:
+                kept.skipped.append(str(error))
+                sink(Notice(text=f"skipped: {error}", level="warning"))
+                continue
+            if item.caption not in kept.captions:
+                kept.captions[item.caption] = _caption(item.caption, encoders)
+            kept.samples.append(Sample(item, bucket, latents, kept.captions[item.caption]))
             sink(Progress(stage="encoding images", done=index + 1, total=len(items)))
+    return _prepared(items, kept, sink)
+
+
+def _prepared(items: Sequence[Item], kept: Encoded, sink: EventSink) -> Prepared:
     samples, skipped = kept.samples, kept.skipped
     if skipped:
         sink(Notice(text=f"{len(skipped)} of {len(items)} images skipped", level="warning"))
@@ -111,19 +141,40 @@ def prepare(
     return Prepared(tuple(samples), tuple(skipped))
 
 
-def encode_caption(model: Model, caption: str) -> Tensor:
-    """The frozen encoders' embedding of one caption: [77 n, width] float32 on the CPU."""
-    return model.text.embed(caption)[0].float().cpu()
+def _read(item: Item, sizes: Sizes, encoders: Encoders) -> Picture:
+    """In a thread: what the cache has of a picture, else the picture itself. Raises ImageError."""
+    key = ""
+    if encoders.cache.folder is not None:
+        key = key_of("latents", content_hash(item.path), encoders.vae_key, sizes)
+        found = encoders.cache.get(key)
+        if found is not None and {"mean", "std", "size"} <= set(found):
+            bucket = Bucket(*(int(side) for side in found["size"]))
+            return Picture(bucket, key, moments=Moments(found["mean"], found["std"]))
+    made = cut(item.path, sizes)
+    return Picture(made.bucket, key, image=made.image)
 
 
-def _latents(item: Item, index: int, model: Model, sizes: Sizes, noise: LatentNoise) -> tuple[Bucket, Tensor]:
-    image = load_image(item.path)
-    try:
-        placement = place(image.size, sizes.resolution, allow_upscaling=sizes.allow_upscaling)
-    except ValueError as error:
-        raise ImageError(item.path, str(error)) from error
-    shape = latent_shape(model.vae, placement.bucket.width, placement.bucket.height)
-    latents = encode(model.vae, to_tensor(fit(image, placement)), noise(index, shape))
-    if not torch.isfinite(latents).all():
-        raise ImageError(item.path, "the VAE gave numbers that are not finite")
-    return placement.bucket, latents[0].cpu()
+def _latents(
+    item: Item, picture: Picture, encoders: Encoders, noise: Callable[[tuple[int, int, int]], Tensor]
+) -> tuple[Bucket, Tensor]:
+    vae, moments = encoders.vae, picture.moments
+    if moments is None:
+        moments = posterior(vae, to_tensor(picture.image))
+        if not all(torch.isfinite(moment).all() for moment in moments):
+            raise ImageError(item.path, "the VAE gave numbers that are not finite")
+        size = torch.tensor([picture.bucket.width, picture.bucket.height])
+        encoders.cache.put(picture.key, {"mean": moments.mean, "std": moments.std, "size": size})
+    drawn = noise(latent_shape(vae, picture.bucket.width, picture.bucket.height))
+    return picture.bucket, sampled(vae, moments, drawn)[0].cpu()
+
+
+def _caption(caption: str, encoders: Encoders) -> Mapping[str, Tensor]:
+    cache = encoders.cache
+    if cache.folder is None or not encoders.text_key:
+        return encoders.read(caption)
+    key = key_of("caption", caption, encoders.text_key)
+    found = cache.get(key)
+    if found is None:
+        found = encoders.read(caption)
+        cache.put(key, found)
+    return found

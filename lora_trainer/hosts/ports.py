@@ -1,4 +1,4 @@
-"""What a run needs from where it runs: five small Protocols, one of which is `events.EventSink`."""
+"""What a run needs from where it runs: small Protocols, one of which is `events.EventSink`."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class GpuLease(Protocol):
 class LoraStore(Protocol):
     """Where results go."""
 
-    def claim(self, name: str) -> str:
-        """The name under which this run will publish: `name`, or one like it that overwrites nothing."""
+    def free(self, name: str) -> bool:
+        """Whether publishing under `name` overwrites nothing, or nothing but what may be. Raises ConfigError."""
         ...
 
     def publish(self, file: str, data: bytes, *, final: bool) -> Path:
@@ -54,6 +54,20 @@ class Painter(Protocol):
 
     def draw(self, lora: bytes, prompts: Sequence[str], recipe: Recipe) -> Iterator[Image]:
         """A picture a prompt with `lora`, a file's bytes in the WebUI's form, at weight 1. Raises UserError."""
+        ...
+
+
+class Control(Protocol):
+    """What is asked of a run from outside; it looks at every step boundary."""
+
+    def stopping(self) -> bool:
+        """Save what was learned and end."""
+        ...
+
+    def pausing(self) -> bool: ...
+
+    def wait(self) -> None:
+        """The run has paused: return when it is to go on or to stop."""
         ...
 
 

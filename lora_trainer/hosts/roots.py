@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import re
 import stat
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Any
+from urllib.parse import unquote
 
-from lora_trainer.errors import ConfigError
+from lora_trainer.config.schema import PATHS
+from lora_trainer.errors import ConfigError, shown
 
-PATH_KEYS = ("train_data_dir", "metadata_path", "validation_data_dir", "output_dir")
+# A checkpoint is chosen by its name.
+PATH_KEYS = tuple(key for key in PATHS if key != "base_model")
 # Windows opens a device under these names in any folder and with any ending: nul, COM1.txt.
 _DEVICE_NAME = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³])[ .]*(\..*)?", re.IGNORECASE)
+
+# As long as Linux allows; resolving a much longer one takes minutes.
+MAX_PATH = 4096
+_DECODINGS = 4
 
 _NO_DEVICE = "a file or a folder, no device"
 _OPENS = "a path that can be opened"
@@ -29,8 +37,8 @@ class Roots:
     def check(self, key: str, text: object) -> Path:
         """The path that `text` means, links followed. Raises ConfigError, which names the rule and the roots."""
         if not isinstance(text, str) or not text.strip():
-            raise ConfigError([f"{key}: expected a path, found {text!r}"])
-        problem = next(_malformed(text), None) or (next(_foreign(text), None) if self._enforced else None)
+            raise ConfigError([f"{key}: expected a path, found {shown(text)}"])
+        problem = next(_malformed(text), None) or (next(_foreign_readings(text), None) if self._enforced else None)
         path = None if problem else _resolved(text)
         if path is None:
             raise self._refused(key, text, problem or _OPENS)
@@ -41,6 +49,8 @@ class Roots:
                 raise self._refused(key, text, "a path that stays inside the allowed folders, links followed")
             if any(":" in part or _DEVICE_NAME.fullmatch(part) for part in below.parts):
                 raise self._refused(key, text, "names without : and none that Windows keeps for devices")
+            if any(part != part.rstrip(" .") for part in below.parts):
+                raise self._refused(key, text, "names that end in no dot or space, which Windows drops")
         if problem := _unusable(path):
             raise self._refused(key, text, problem)
         return path
@@ -69,11 +79,13 @@ class Roots:
         if self._enforced:
             folders = ", ".join(str(root) for root in self._roots) or "none"
             where = f" (this WebUI can be reached from elsewhere; allowed folders: {folders})"
-        return ConfigError([f"{key}: expected {rule}{where}, found {text!r}"])
+        return ConfigError([f"{key}: expected {rule}{where}, found {shown(text)}"])
 
 
 def _malformed(text: str) -> Iterator[str]:
     """What no system opens, or opens as a device."""
+    if len(text) > MAX_PATH:
+        yield f"a path of at most {MAX_PATH:,} characters"
     if "\0" in text:
         yield "a path without NUL bytes"
     try:
@@ -82,6 +94,25 @@ def _malformed(text: str) -> Iterator[str]:
         yield "a path in valid Unicode"
     if text.replace("/", "\\").startswith("\\\\.\\"):
         yield _NO_DEVICE
+
+
+def _foreign_readings(text: str) -> Iterator[str]:
+    """What is wrong with the path, or with what a program that decodes it would read: %2e%2e, ．．／, %252e%252e."""
+    yield from _foreign(text)
+    readings = [text]
+    for _ in range(_DECODINGS):
+        reading = unicodedata.normalize("NFKC", unquote(readings[-1]))
+        if reading == readings[-1]:
+            return
+        readings.append(reading)
+        # Bytes that are no UTF-8, such as the overlong %c0%ae for a dot, become replacement characters.
+        if "\ufffd" in reading and "\ufffd" not in text:
+            yield "a path in valid Unicode"
+        yield from _malformed(reading)
+        yield from _foreign(reading)
+        if reading[:1] in ("/", "\\") and text[:1] not in ("/", "\\"):
+            yield "a path without encoded slashes"
+    yield "a path that is not encoded over and over"
 
 
 def _foreign(text: str) -> Iterator[str]:

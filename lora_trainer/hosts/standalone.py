@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import signal
 import threading
@@ -16,35 +15,39 @@ from pathlib import Path
 import torch
 
 from lora_trainer.adapters.hashes import checkpoint_hashes
-from lora_trainer.adapters.writer import publish
 from lora_trainer.config import Config
 from lora_trainer.errors import ConfigError
 from lora_trainer.events import EventSink, Finished
+from lora_trainer.files import publish
 from lora_trainer.hosts.ports import Host
 from lora_trainer.logs import CsvLog, TensorBoardLog, fan_out
+from lora_trainer.models.bridge import TEXT_PREFIX
 from lora_trainer.models.checkpoint import FileIdentity
 from lora_trainer.models.model import CheckpointHashes, Model
 from lora_trainer.models.single_file import model_of, place
+from lora_trainer.models.unet_names import LDM_PREFIX as UNET_PREFIX
+from lora_trainer.training.control import StopOnly
 from lora_trainer.training.precision import resolve
 from lora_trainer.training.run import run
 
 
-def train(config: Config, sink: EventSink) -> Finished:
+def train(config: Config, sink: EventSink, *, resumes: bool = False) -> Finished:
     """Run `config` in this process, logging to `output_dir/logs` as well as to `sink`.
 
-    The first Ctrl-C saves what was learned; SOURCE_DATE_EPOCH, when set, is the clock. Raises UserError.
+    With `resumes` the run in `output_dir` goes on, where there is one. The first Ctrl-C saves what was learned;
+    SOURCE_DATE_EPOCH, when set, is the clock. Raises UserError.
     """
     device = device_of(config.device)
     output = Path(config.output_dir)
     logs = output / "logs"
     kinds = [CsvLog] + ([TensorBoardLog] if config.log_with == "tensorboard" else [])
-    with stop_on_interrupt() as stop, fan_out(sink, *(kind(logs) for kind in kinds)) as events:
+    with stop_on_interrupt() as stop, fan_out(sink, *(kind(logs, resumes) for kind in kinds)) as events:
         dtype = resolve(config.mixed_precision, device)[0].compute
         if config.caption_syntax == "webui":
             raise ConfigError(["caption_syntax: webui works only inside the WebUI; expected literal here"])
-        models = FileModels(Path(config.base_model), device, dtype, config.clip_skip)
+        models = FileModels(Path(config.base_model), device, dtype, config.clip_skip, config.train_text_encoder)
         host = Host(models, AloneLease(), FolderStore(output, config.overwrite))
-        return run(config, host, events, clock=clock, stop=stop)
+        return run(config, host, events, clock=clock, control=StopOnly(stop), resumes=resumes)
 
 
 def device_of(name: str) -> torch.device:
@@ -103,12 +106,15 @@ class FileModels:
     device: torch.device
     dtype: torch.dtype
     clip_skip: int | None = None
+    train_text: bool = False
     _state: tuple | None = field(default=None, init=False)
 
     @contextmanager
     def borrow(self) -> Iterator[Model]:
         if self._state is None:
-            self._state = (*place(self.path, self.device, self.dtype), in_background(self.path))
+            trained = (UNET_PREFIX, TEXT_PREFIX) if self.train_text else (UNET_PREFIX,)
+            placed = place(self.path, self.device, self.dtype, trained=trained)
+            self._state = (*placed, in_background(self.path))
         family, state, hashes = self._state
         yield model_of(state, family, self.path, device=self.device, hashes=hashes, clip_skip=self.clip_skip)
 
@@ -149,11 +155,8 @@ class FolderStore:
     folder: Path
     overwrite: bool
 
-    def claim(self, name: str) -> str:
-        if self.overwrite:
-            return name
-        names = (name if n == 1 else f"{name}-{n}" for n in itertools.count(1))
-        return next(n for n in names if not (self.folder / f"{n}.safetensors").exists())
+    def free(self, name: str) -> bool:
+        return self.overwrite or not (self.folder / f"{name}.safetensors").exists()
 
     def publish(self, file: str, data: bytes, *, final: bool) -> Path:
         target = self.folder / file

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import singledispatch
+from typing import TypeVar
 
 import msgspec
 
@@ -13,15 +14,23 @@ from lora_trainer.jobs.view import JobView
 from lora_trainer.logs import sentences
 
 MOST_LOSSES, LOG_LINES, SMOOTHING = 1000, 200, 0.1
-_WORDS = {"training": "training", "saving": "saving", "done": "done", "stopped": "stopped", "failed": "failed"}
+_WORDS = {
+    "training": "training",
+    "paused": "paused",
+    "saving": "saving",
+    "done": "done",
+    "stopped": "stopped",
+    "failed": "failed",
+}
 
 
 class Changed(msgspec.Struct, frozen=True, tag="changed"):
-    """A new state; `why` says more, for a failure what failed."""
+    """A new state; `why` says more, for a failure what failed, and `details` what an issue about it needs."""
 
     at: float
     state: State
     why: str | None = None
+    details: str | None = None
 
 
 class Told(msgspec.Struct, frozen=True, tag="told"):
@@ -32,6 +41,7 @@ class Told(msgspec.Struct, frozen=True, tag="told"):
 
 
 Line = Changed | Told
+Point = TypeVar("Point", bound=tuple)
 
 
 def fold(view: JobView, line: Line) -> JobView:
@@ -49,7 +59,8 @@ def _change(view: JobView, line: Changed) -> JobView:
         view,
         state=line.state,
         stage=(line.why if line.state != "failed" else None) or _WORDS.get(line.state, view.stage),
-        error=line.why if line.state == "failed" else view.error,
+        error=line.why if line.state == "failed" else None,
+        details=line.details,
         started=view.started or (line.at if line.state == "preparing" else None),
         finished=line.at if ended else None,
         eta=None if ended else view.eta,
@@ -74,7 +85,7 @@ def _(event: Started, view: JobView) -> JobView:
 @_tell.register
 def _(event: StepDone, view: JobView) -> JobView:
     speed = event.seconds
-    if view.seconds_per_step is not None:
+    if view.seconds_per_step is not None and event.step > view.step:
         speed = view.seconds_per_step + SMOOTHING * (event.seconds - view.seconds_per_step)
     return replace(
         view,
@@ -87,20 +98,21 @@ def _(event: StepDone, view: JobView) -> JobView:
         seconds_per_step=speed,
         eta=speed * (event.steps - event.step),
         memory=event.memory,
-        losses=_thinned((*view.losses, (event.step, event.loss))),
+        losses=_thinned((*_before(view.losses, event.step), (event.step, event.loss))),
     )
 
 
 @_tell.register
 def _(event: Validated, view: JobView) -> JobView:
-    return replace(view, validations=(*view.validations, (event.step, event.base, event.lora)))
+    return replace(view, validations=(*_before(view.validations, event.step), (event.step, event.base, event.lora)))
 
 
 @_tell.register
 def _(event: Saved, view: JobView) -> JobView:
+    others = tuple(path for path in view.output if path != event.path)
     if event.kind == "lora":
-        return replace(view, output=(event.path, *view.output))
-    return replace(view, output=(*view.output, event.path)) if event.kind == "checkpoint" else view
+        return replace(view, output=(event.path, *others))
+    return replace(view, output=(*others, event.path)) if event.kind == "checkpoint" else view
 
 
 @_tell.register
@@ -111,6 +123,11 @@ def _(event: Finished, view: JobView) -> JobView:
 @_tell.register
 def _(event: Notice, view: JobView) -> JobView:
     return view
+
+
+def _before(points: tuple[Point, ...], step: int) -> tuple[Point, ...]:
+    """Without `step` and what came after it: a run may have gone back there."""
+    return points if not points or points[-1][0] < step else tuple(point for point in points if point[0] < step)
 
 
 def _thinned(points: tuple[tuple[int, float], ...]) -> tuple[tuple[int, float], ...]:

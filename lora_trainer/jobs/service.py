@@ -2,43 +2,50 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import threading
 import time
-import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
 
-from lora_trainer.config import Config, output_name_of
-from lora_trainer.errors import DataError, UserError
-from lora_trainer.events import AnyEvent, EventSink, Finished, Progress, StepDone
+from lora_trainer.config import Config, build, output_name_of
+from lora_trainer.errors import DataError, OutputError, UserError
+from lora_trainer.events import AnyEvent, EventSink, Finished, Progress, Saved, Saving, Started, StepDone, Validated
+from lora_trainer.hosts.ports import Control
+from lora_trainer.jobs.control import JobControl
 from lora_trainer.jobs.fold import Changed, Told, fold
 from lora_trainer.jobs.states import ENDED, FOLLOWS, State
 from lora_trainer.jobs.store import Head, JobFolder, first_view, read_jobs
 from lora_trainer.jobs.view import JobView
+from lora_trainer.report import report
 
-Work = Callable[[str, Config, EventSink, Callable[[], bool]], Finished]
+# Runs a job, from where an earlier call left it.
+Work = Callable[[str, Config, EventSink, Control], Finished]
+# What is on disk before it shows; the rest is telemetry, which comes again when a run goes on from before it.
+LIFECYCLE = (Started, Saved, Validated, Finished)
 FLUSH_SECONDS = 1.0
-CLOSED_BEFORE, CLOSED_WHILE = "the WebUI was closed before it began", "the WebUI was closed while it ran"
+_LOGGER = logging.getLogger(__name__)
+INTERRUPTED = "interrupted when the WebUI closed; Continue goes on where it was"
 
 
 @dataclass
 class _Job:
     view: JobView
     folder: JobFolder
-    config: Config | None = None
-    stop: threading.Event = field(default_factory=threading.Event)
+    control: JobControl = field(default_factory=JobControl)
     flushed: float = 0.0
 
 
 class JobService:
     """Every job of this WebUI, those of earlier processes too.
 
-    A change of state is on disk before a view shows it. `work` runs a job; it raises UserError for what the user can
-    mend. Views are immutable, and reading them never waits for work.
+    A change of state is on disk before a view shows it. Jobs run in the order they came; one that is paused, or was
+    interrupted by the end of the process, keeps its place until it is told to go on or to stop. `work` runs a job; it
+    raises UserError for what the user can mend. Views are immutable, and reading them never waits for work.
     """
 
     def __init__(self, folder: Path, work: Work, *, clock: Callable[[], float] = time.time) -> None:
@@ -46,10 +53,11 @@ class JobService:
         self._changed = threading.Condition()
         self._jobs: dict[str, _Job] = {}
         self._closing = False
-        for view in read_jobs(folder):
-            self._jobs[view.id] = _Job(view, JobFolder(folder / view.id))
+        # Names tell seconds; who came first in one of them, only the clock.
+        for view in sorted(read_jobs(folder), key=lambda view: view.created):
+            self._jobs[view.id] = self._job(view, JobFolder(folder / view.id))
         for job in self._jobs.values():
-            self._bury(job)
+            self._find_again(job)
         self._worker = threading.Thread(target=self._run, name="lora-trainer-jobs", daemon=True)
         self._worker.start()
 
@@ -59,8 +67,12 @@ class JobService:
         stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(created))
         settings: Mapping[str, object] = msgspec.structs.asdict(config)
         head = Head(f"{stamp}-{secrets.token_hex(3)}", output_name_of(config), created, dict(settings))
-        job = _Job(first_view(head), JobFolder.create(self._folder, head), config)
-        job.folder.append(Changed(created, "queued", "waiting"), durable=True)
+        job = self._job(first_view(head), JobFolder.create(self._folder, head))
+        try:
+            job.folder.append(Changed(created, "queued", "waiting"), durable=True)
+        except OutputError:
+            job.folder.discard()
+            raise
         with self._changed:
             self._jobs[head.id] = job
             self._changed.notify_all()
@@ -76,12 +88,34 @@ class JobService:
         return self._find(id).view
 
     def stop(self, id: str) -> JobView:
-        """End a waiting job at once, a running one at its next step, where it saves. Raises DataError."""
+        """End a waiting job at once, another at its next step, where it saves. Raises DataError."""
         job = self._find(id)
         with self._changed:
-            job.stop.set()
             if job.view.state == "queued":
                 self._enter(job, "stopped", "stopped before it began")
+            if job.view.state not in ENDED:
+                job.control.stop()
+            self._changed.notify_all()
+            return job.view
+
+    def pause(self, id: str) -> JobView:
+        """Give the GPU and its memory free at the next step, until told to go on. Raises DataError."""
+        job = self._find(id)
+        with self._changed:
+            if job.view.state == "queued":
+                self._enter(job, "paused", "paused before it began")
+            if job.view.state not in ENDED:
+                job.control.pause()
+            return job.view
+
+    def go_on(self, id: str) -> JobView:
+        """With a paused job, and with one that stopped or failed from its last state. Raises DataError."""
+        job = self._find(id)
+        with self._changed:
+            job.control.go_on()
+            if job.view.state in ("stopped", "failed"):
+                self._enter(job, "queued", "waiting")
+            self._changed.notify_all()
             return job.view
 
     def folder_of(self, id: str) -> Path:
@@ -93,9 +127,14 @@ class JobService:
         with self._changed:
             self._closing = True
             for job in self._jobs.values():
-                job.stop.set()
+                job.control.stop()
             self._changed.notify_all()
         self._worker.join(timeout)
+
+    def _job(self, view: JobView, folder: JobFolder) -> _Job:
+        job = _Job(view, folder)
+        job.control.entered = lambda paused: self._paused(job, paused)
+        return job
 
     def _find(self, id: str) -> _Job:
         with self._changed:
@@ -103,15 +142,14 @@ class JobService:
                 raise DataError(f"there is no job {id!r}")
             return self._jobs[id]
 
-    def _bury(self, job: _Job) -> None:
-        """Jobs that an earlier process left unfinished."""
-        if job.view.state in ENDED:
+    def _find_again(self, job: _Job) -> None:
+        """A job that an earlier process left: what ran then waits to be told to go on."""
+        if job.view.state in ENDED or job.view.state == "queued":
             return
-        state, why = ("stopped", CLOSED_BEFORE) if job.view.state == "queued" else ("failed", CLOSED_WHILE)
-        try:
-            self._enter(job, state, why)
-        except UserError:
-            job.view = fold(job.view, Changed(self._clock(), state, why))
+        job.control.pause()
+        if job.view.state == "paused":
+            return
+        self._enter(job, "paused", INTERRUPTED)
 
     def _run(self) -> None:
         while True:
@@ -122,50 +160,56 @@ class JobService:
                 job = self._next()
             try:
                 self._do(job)
-            except UserError as error:
-                # Its history could not be written; the next job may have more luck.
-                job.view = fold(job.view, Changed(self._clock(), "failed", str(error)))
             finally:
                 job.folder.close()
 
     def _next(self) -> _Job | None:
-        return next((job for job in self._jobs.values() if job.view.state == "queued"), None)
+        """The first that has not ended, unless it is paused."""
+        waiting = next((job for job in self._jobs.values() if job.view.state not in ENDED), None)
+        return None if waiting is None or waiting.control.pausing() else waiting
 
     def _do(self, job: _Job) -> None:
         with self._changed:
-            if job.view.state != "queued":
+            if job.view.state in ENDED:
                 return
             self._enter(job, "preparing", "waiting for the WebUI")
         try:
-            finished = self._work(job.view.id, job.config, lambda event: self._tell(job, event), job.stop.is_set)
+            config = build(job.view.settings)
+            finished = self._work(job.view.id, config, lambda event: self._tell(job, event), job.control)
         except UserError as error:
-            self._enter(job, "failed", str(error))
+            self._fail(job, error, str(error))
         except Exception as error:
-            self._keep_traceback(job)
-            self._enter(job, "failed", f"{type(error).__name__}: {error}")
+            self._fail(job, error, f"{type(error).__name__}: {error}")
         else:
             self._enter(job, finished.state)
 
-    def _tell(self, job: _Job, event: AnyEvent) -> None:
-        if isinstance(event, StepDone) and job.view.state == "preparing":
-            self._enter(job, "training")
-        line = Told(self._clock(), event)
-        job.folder.append(line, durable=False)
-        if not isinstance(event, (StepDone, Progress)) or line.at - job.flushed >= FLUSH_SECONDS:
-            job.folder.flush()
-            job.flushed = line.at
-        job.view = fold(job.view, line)
+    def _paused(self, job: _Job, paused: bool) -> None:
+        self._enter(job, "paused" if paused else "preparing", None if paused else "waiting for the WebUI")
 
-    def _enter(self, job: _Job, state: State, why: str | None = None) -> None:
+    def _tell(self, job: _Job, event: AnyEvent) -> None:
+        if isinstance(event, StepDone) and job.view.state != "training":
+            self._enter(job, "training")
+        if isinstance(event, Saving) and job.view.state != "saving":
+            self._enter(job, "saving")
+        line = Told(self._clock(), event)
+        soon = not isinstance(event, (StepDone, Progress)) or line.at - job.flushed >= FLUSH_SECONDS
+        self._record(job, line, flush=soon)
+        job.flushed = line.at if soon else job.flushed
+
+    def _enter(self, job: _Job, state: State, why: str | None = None, details: str | None = None) -> None:
         if state not in FOLLOWS[job.view.state]:
             raise AssertionError(f"a job cannot go from {job.view.state} to {state}")
-        line = Changed(self._clock(), state, why)
-        job.folder.append(line, durable=True)
+        self._record(job, Changed(self._clock(), state, why, details))
+
+    def _record(self, job: _Job, line: Changed | Told, *, flush: bool = True) -> None:
+        """On disk, then in the view. A job does not end because its history cannot be written."""
+        try:
+            job.folder.append(line, durable=isinstance(line, Changed) or isinstance(line.event, LIFECYCLE))
+            if flush:
+                job.folder.flush()
+        except OutputError as error:
+            _LOGGER.warning("LoRA Trainer: %s", error)
         job.view = fold(job.view, line)
 
-    def _keep_traceback(self, job: _Job) -> None:
-        text = traceback.format_exc()
-        try:
-            (job.folder.path / "error.log").write_text(text, encoding="utf-8")
-        except OSError:
-            print(text)
+    def _fail(self, job: _Job, error: Exception, why: str) -> None:
+        self._enter(job, "failed", why, report(error, job.view.settings, job.view.log))

@@ -9,12 +9,13 @@ STATES: tuple[State, ...] = get_args(State)
 ENDED: frozenset[State] = frozenset({"done", "stopped", "failed"})
 
 FOLLOWS: dict[State, frozenset[State]] = {
-    "queued": frozenset({"preparing", "stopped", "failed"}),
-    "preparing": frozenset({"training", "stopped", "failed", "done"}),
+    "queued": frozenset({"preparing", "paused", "stopped", "failed"}),
+    "preparing": frozenset({"training", "paused", "saving", "stopped", "failed", "done"}),
     "training": frozenset({"paused", "saving", "done", "stopped", "failed"}),
-    "paused": frozenset({"training", "saving", "stopped", "failed"}),
-    "saving": frozenset({"training", "done", "stopped", "failed"}),
+    "paused": frozenset({"preparing", "stopped", "failed"}),
+    "saving": frozenset({"training", "paused", "done", "stopped", "failed"}),
     "done": frozenset(),
-    "stopped": frozenset(),
-    "failed": frozenset(),
+    # What was not finished can be gone on with.
+    "stopped": frozenset({"queued"}),
+    "failed": frozenset({"queued"}),
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import BinaryIO
 import msgspec
 
 from lora_trainer.errors import OutputError
+from lora_trainer.files import append, not_written, publish, remove, sweep_folder
 from lora_trainer.jobs.fold import Changed, Line, Told, fold
 from lora_trainer.jobs.view import JobView
 
@@ -38,10 +38,10 @@ class JobFolder:
     def create(cls, parent: Path, head: Head) -> JobFolder:
         folder = cls(parent / head.id)
         try:
-            folder.path.mkdir(parents=True)
-            (folder.path / SETTINGS).write_bytes(msgspec.json.format(msgspec.json.encode(head)))
-        except OSError as error:
-            raise _not_written(folder.path, error) from error
+            publish(msgspec.json.format(msgspec.json.encode(head)), folder.path / SETTINGS)
+        except OutputError:
+            folder.discard()
+            raise
         return folder
 
     def append(self, line: Line, *, durable: bool) -> None:
@@ -50,22 +50,35 @@ class JobFolder:
             if self._file is None:
                 self._file = (self.path / EVENTS).open("ab")
                 # A crash may have cut the last line; it must not swallow this one.
-                self._file.write(b"\n")
-            self._file.write(msgspec.json.encode(line) + b"\n")
-            if durable:
-                self.flush()
-                os.fsync(self._file.fileno())
+                append(self._file, b"\n", durable=False)
+            append(self._file, msgspec.json.encode(line) + b"\n", durable=durable)
         except OSError as error:
-            raise _not_written(self.path, error) from error
+            self.close()
+            raise not_written(self.path / EVENTS, error) from error
 
     def flush(self) -> None:
-        if self._file is not None:
-            self._file.flush()
+        """Raises OutputError."""
+        try:
+            if self._file is not None:
+                self._file.flush()
+        except OSError as error:
+            self.close()
+            raise not_written(self.path / EVENTS, error) from error
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        file, self._file = self._file, None
+        if file is not None:
+            # What its buffer still holds is telemetry.
+            with suppress(OSError):
+                file.close()
+
+    def discard(self) -> None:
+        """Of a job that was refused after all."""
+        self.close()
+        for name in (SETTINGS, EVENTS):
+            remove(self.path / name)
+        with suppress(OSError):
+            self.path.rmdir()
 
 
 def first_view(head: Head) -> JobView:
@@ -75,12 +88,16 @@ def first_view(head: Head) -> JobView:
 def read_jobs(parent: Path) -> Iterator[JobView]:
     """The jobs under `parent` as their histories left them, oldest first. Folders that make no sense are skipped."""
     for folder in sorted(parent.glob("*/")):
+        sweep_folder(folder)
         try:
             head = msgspec.json.decode((folder / SETTINGS).read_bytes(), type=Head)
             view = first_view(head)
             for line in _lines(folder / EVENTS):
                 view = fold(view, line)
         except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+            # Also the empty folder of a job whose process was killed before it was queued.
+            with suppress(OSError):
+                folder.rmdir()
             continue
         if view.id == folder.name:
             yield view
@@ -92,7 +109,3 @@ def _lines(path: Path) -> Iterator[Line]:
     for text in path.read_bytes().splitlines() if path.exists() else ():
         with suppress(msgspec.MsgspecError):
             yield decoder.decode(text)
-
-
-def _not_written(path: Path, error: OSError) -> OutputError:
-    return OutputError(f"{path}: the job's history cannot be written: {error.strerror or error}")

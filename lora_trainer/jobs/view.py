@@ -35,3 +35,4 @@ class JobView:
     log: tuple[str, ...] = ()
     output: tuple[str, ...] = ()
     error: str | None = None
+    details: str | None = None

@@ -6,9 +6,9 @@ that reads it (SIGBUS).
 
 from __future__ import annotations
 
-import json
-import pickle
+import math
 import struct
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +18,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lora_trainer.config.header import read_json_header
 from lora_trainer.errors import ModelError
 
-MAX_HEADER_BYTES = 100 * 1024 * 1024
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth")
 # The parts of a Stable Diffusion file that a run needs; EMA copies and training leftovers stay in the file.
 PARTS = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.", "alphas_cumprod")
@@ -58,24 +58,21 @@ class FileIdentity:
 
 
 def read_header(path: Path) -> dict[str, dict]:
-    """The JSON header of a `.safetensors` file (8 bytes little-endian length, then JSON).
+    """The JSON header of a `.safetensors` file, in which each tensor has its `dtype` and `shape`.
 
     Raises ModelError for a file that is missing, truncated or of another kind.
     """
     try:
-        with path.open("rb") as file:
-            length = struct.unpack("<Q", file.read(8))[0]
-            if length > MAX_HEADER_BYTES:
-                raise ValueError("its header is too long")
-            header = json.loads(file.read(length))
-        if not isinstance(header, dict):
-            raise ValueError(f"a JSON {type(header).__name__}")
+        header = read_json_header(path)
+        strange = next((name for name, entry in header.items() if not _describes(name, entry)), None)
+        if strange is not None:
+            raise ValueError(f"no dtype and shape for {strange!r}")
         return header
     except FileNotFoundError:
         raise ModelError(f"{path}: no such file; expected a .safetensors checkpoint") from None
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError, struct.error) as error:
+    except ValueError as error:
         raise ModelError(
             f"{path}: not a .safetensors file, or a truncated download (expected a header, found: {error})"
         ) from error
@@ -92,6 +89,15 @@ def read_shapes(path: Path) -> Shapes:
         return {name: tuple(tensor.shape) for name, tensor in _unpickle(path).items()}
     header = read_header(path)
     return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+
+
+def _describes(name: str, entry: object) -> bool:
+    """Whether this is what a header says of the tensor `name`, or the metadata."""
+    if not isinstance(entry, dict):
+        return False
+    shape = entry.get("shape")
+    sizes = isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
+    return name == "__metadata__" or (sizes and isinstance(entry.get("dtype"), str))
 
 
 def read_tensors(path: Path, device: torch.device, dtype_of: Placement) -> dict[str, Tensor]:
@@ -124,8 +130,10 @@ def stored_tensors(path: Path, wanted: Callable[[str], bool] = lambda name: True
         with path.open("rb") as file:
             start = 8 + struct.unpack("<Q", file.read(8))[0]
             for name in names:
+                if header[name]["dtype"] not in DTYPES:
+                    raise ModelError(f"{path}: {name!r} holds {header[name]['dtype']} numbers; expected F16 or F32")
                 yield name, _read(file, start, header[name])
-    except (SafetensorError, OSError, EOFError, struct.error, KeyError) as error:
+    except (SafetensorError, OSError, EOFError, struct.error, LookupError, RuntimeError, TypeError) as error:
         raise ModelError(f"{path}: cannot be read, probably a truncated download ({error})") from error
 
 
@@ -143,14 +151,33 @@ def _dtype(name: str, tensor: Tensor, dtype_of: Placement) -> torch.dtype:
 
 
 def _unpickle(path: Path) -> dict[str, Tensor]:
+    """The tensors of a pickled checkpoint, by torch's unpickler that makes nothing but tensors and plain values."""
     try:
+        _refuse_packed(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+    except Exception as error:
+        # On damaged bytes it raises nearly anything: UnpicklingError, RuntimeError, KeyError, EOFError, ….
         raise ModelError(
             f"{path}: not loaded, since it is truncated or holds more than tensors, and unpickling that could run "
-            f"code; convert it to .safetensors first ({str(error).splitlines()[0]})"
+            f"code; convert it to .safetensors first ({str(error).partition(chr(10))[0] or type(error).__name__})"
         ) from error
     state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
     if not isinstance(state, dict):
         raise ModelError(f"{path}: expected a dictionary of tensors, found {type(loaded).__name__}")
-    return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+    return {name: tensor for name, tensor in state.items() if isinstance(name, str) and _is_whole(tensor)}
+
+
+def _refuse_packed(path: Path) -> None:
+    """torch never compresses; what is compressed may be a thousand times as large as the file."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            packed = next((entry for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED), None)
+        if packed is not None:
+            raise ValueError(f"{packed.filename!r} is compressed")
+
+
+def _is_whole(value: object) -> bool:
+    """Whether this is a tensor that lies in memory number by number: a pickle can name a few as if they were many."""
+    if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_meta:
+        return False
+    return math.prod(value.shape) * value.element_size() <= value.untyped_storage().nbytes()

@@ -69,11 +69,14 @@ def detect(shapes: Shapes, name: str) -> Family:
             "a VAE": "first_stage_model.decoder.conv_in.weight",
             "a CLIP text encoder": "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight",
         }.items()
-        if key not in shapes
+        if not shapes.get(key)
     ]
     if missing:
         raise ModelError(f"{name}: not {SUPPORTED}: {' and '.join(missing)} not found in {len(shapes)} tensors")
-    channels = shapes[_CONV_IN][1]
+    entrance = shapes.get(_CONV_IN, ())
+    if len(entrance) != 4:
+        raise ModelError(f"{name}: not {SUPPORTED}: the UNet's first convolution has the shape {list(entrance)}")
+    channels = entrance[1]
     if channels != 4:
         raise ModelError(
             f"{name}: the UNet takes {channels} channels (an inpainting or editing checkpoint); expected 4"

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
+
+
+class Moments(NamedTuple):
+    """The posterior of a picture's latents, [B, 4, h, w] float32 each."""
+
+    mean: Tensor
+    std: Tensor
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -25,21 +33,43 @@ def to_image(pixels: Tensor) -> Image.Image:
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pixels: Tensor, noise: Tensor) -> Tensor:
-    """[B, 3, H, W] pixels to scaled latents [B, 4, H/8, W/8] float32.
+    """[B, 3, H, W] pixels to scaled latents [B, 4, H/8, W/8] float32, on the VAE's device."""
+    return sampled(vae, posterior(vae, pixels), noise)
 
-    `noise` (shape of the latents, float32) picks the sample of the posterior, so that equal seeds give equal
-    latents. Where a half-precision VAE overflows, as SDXL's does, a float32 copy of it is asked.
+
+@torch.no_grad()
+def posterior(vae: AutoencoderKL, pixels: Tensor) -> Moments:
+    """What the VAE makes of [B, 3, H, W] pixels, in float32.
+
+    Where a half-precision VAE overflows, as SDXL's does, a float32 copy of it is asked, and where the GPU has too
+    little memory, such a copy on the CPU.
     """
-    sample = _sample(vae, pixels, noise)
-    if not torch.isfinite(sample).all() and next(vae.parameters()).dtype != torch.float32:
-        sample = _sample(deepcopy(vae).float(), pixels, noise)
-    return sample * vae.config.scaling_factor
+    try:
+        moments = _posterior(vae, pixels)
+    except torch.cuda.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return _posterior(_on_cpu(vae), pixels)
+    if not torch.isfinite(moments.mean).all() and next(vae.parameters()).dtype != torch.float32:
+        moments = _posterior(deepcopy(vae).float(), pixels)
+    return moments
 
 
-def _sample(vae: AutoencoderKL, pixels: Tensor, noise: Tensor) -> Tensor:
+def sampled(vae: AutoencoderKL, moments: Moments, noise: Tensor) -> Tensor:
+    """Scaled latents; `noise` (of their shape, float32) picks the sample, so that equal seeds give equal latents."""
+    return (moments.mean + moments.std * noise.to(moments.mean.device)) * vae.config.scaling_factor
+
+
+def _on_cpu(vae: AutoencoderKL) -> AutoencoderKL:
+    """A float32 copy, made without taking any memory of the GPU."""
+    copy = type(vae).from_config(vae.config)
+    copy.load_state_dict({name: tensor.cpu().float() for name, tensor in vae.state_dict().items()})
+    return copy.eval()
+
+
+def _posterior(vae: AutoencoderKL, pixels: Tensor) -> Moments:
     parameter = next(vae.parameters())
-    posterior = vae.encode(pixels.to(parameter.device, parameter.dtype)).latent_dist
-    return posterior.mean.float() + posterior.std.float() * noise.to(parameter.device)
+    latent = vae.encode(pixels.to(parameter.device, parameter.dtype)).latent_dist
+    return Moments(latent.mean.float(), latent.std.float())
 
 
 @torch.no_grad()

@@ -20,14 +20,15 @@ from lora_trainer.models.unet_names import LDM_PREFIX as UNET
 _PARAMETERIZATIONS: dict[str, Prediction] = {"eps": "epsilon", "v": "v"}
 
 
-def place(path: Path, device: torch.device, dtype: torch.dtype) -> tuple[Family, dict[str, Tensor]]:
+def place(
+    path: Path, device: torch.device, dtype: torch.dtype, *, trained: tuple[str, ...] = (UNET,)
+) -> tuple[Family, dict[str, Tensor]]:
     """The file's family and its state dict, each tensor copied and converted once.
 
-    The UNet takes the compute `dtype`; VAE, text encoder and schedule stay fp32, since they run once an image.
-    Raises ModelError.
+    What is `trained` takes the compute `dtype`; all else stays fp32, since it runs once an image. Raises ModelError.
     """
     family = detect(read_shapes(path), str(path))
-    state = read_tensors(path, device, lambda name: dtype if name.startswith(UNET) else torch.float32)
+    state = read_tensors(path, device, lambda name: dtype if name.startswith(trained) else torch.float32)
     return family, state
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizerFast
 
 CHUNK = 75
@@ -39,8 +39,8 @@ class Tokenizer:
 class TextEncoder:
     """The text side of a model: its modules, and a pure function of token ids.
 
-    `encode` does not decide about gradients, so one object serves frozen and trained encoders. `clip_skip` 1 takes the
-    last layer's output, 2 that of the layer before.
+    `encode` does not decide about gradients. `clip_skip` 1 takes the last layer's output, 2 that of the layer before.
+    `context` is what a batch holds of a caption whose encoder is frozen, `tokens` of one whose encoder is trained.
     """
 
     tokenizer: Callable[[str], Tensor]
@@ -52,26 +52,45 @@ class TextEncoder:
         return self.tokenizer(caption)
 
     def encode(self, ids: Tensor, weights: Tensor | None = None) -> Tensor:
-        """[chunks, 77] token ids (and optional emphasis of the same shape) to [1, 77 × chunks, width].
-
-        Emphasis multiplies each token's embedding and restores the mean, as the WebUI's "Original" mode does for
-        one caption.
-        """
+        """[chunks, 77] token ids (and optional emphasis of the same shape) to [1, 77 × chunks, width]."""
         embedded = self._hidden(ids)
         if weights is not None:
-            mean = embedded.mean()
-            embedded = embedded * weights.unsqueeze(-1)
-            embedded = embedded * (mean / embedded.mean())
+            embedded = self.weigh(embedded, weights)
         return embedded.reshape(1, -1, embedded.shape[-1])
+
+    def weigh(self, embedded: Tensor, weights: Tensor) -> Tensor:
+        """Emphasis [chunks, 77] on [chunks, 77, width]: it multiplies each token's embedding and restores each chunk's
+        mean, as the WebUI's "Original" mode does for one caption."""
+        plain = embedded.float()
+        weighed = plain * weights.unsqueeze(-1)
+        mean, new_mean = (x.mean(dim=(1, 2), keepdim=True) for x in (plain, weighed))
+        return (weighed * (mean / new_mean)).to(embedded.dtype)
 
     def embed(self, caption: str) -> Tensor:
         """[1, 77 × chunks, width] of one caption, frozen."""
         with torch.no_grad():
             return self.encode(self.tokenize(caption).to(next(self.module.parameters()).device))
 
+    def context(self, caption: str) -> dict[str, Tensor]:
+        """`context`: the frozen encoder's embedding, [77 × chunks, width] float32 on the CPU."""
+        return {"context": self.embed(caption)[0].float().cpu()}
+
+    def tokens(self, caption: str) -> dict[str, Tensor]:
+        """`ids`: [chunks, 77] int64 on the CPU; and `emphasis` of that shape where captions have it."""
+        return {"ids": self.tokenize(caption)}
+
+    @property
+    def inner(self) -> nn.Module:
+        """CLIP's embeddings, encoder and final norm; transformers 5 dropped the `text_model` level around them."""
+        return getattr(self.module, "text_model", self.module)
+
+    @property
+    def layers(self) -> int:
+        """How many of the encoder's layers are heard."""
+        return len(self.inner.encoder.layers) + 1 - self.clip_skip
+
     def _hidden(self, ids: Tensor) -> Tensor:
         if self.clip_skip == 1:
             return self.module(input_ids=ids).last_hidden_state
         hidden = self.module(input_ids=ids, output_hidden_states=True).hidden_states[-self.clip_skip]
-        # transformers 5 dropped the `text_model` level.
-        return getattr(self.module, "text_model", self.module).final_layer_norm(hidden)
+        return self.inner.final_layer_norm(hidden)

@@ -6,8 +6,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from lora_trainer.dataset.prepare import Prepared
-from lora_trainer.events import EventSink, Progress, Validated
+from lora_trainer.events import EventSink, Notice, Progress, Validated
 from lora_trainer.training.step import Network
 from lora_trainer.training.validation import Validator
 
@@ -47,8 +49,24 @@ class Validation:
         count = len(self.held_out.samples)
         began = time.perf_counter()
         self.sink(Progress(stage="validating", done=0, total=count))
-        self.lora = Validator(self.held_out.samples).loss(network)
+        loss = self._loss(network, step)
+        if loss is None:
+            return
+        self.lora = loss
         self.sink(Progress(stage="validating", done=count, total=count))
         self.seconds = time.perf_counter() - began
         self.base = self.lora if step == 0 else self.base
-        self.sink(Validated(step=step, base=self.base, lora=self.lora))
+        if self.base is not None:
+            self.sink(Validated(step=step, base=self.base, lora=self.lora))
+
+    def _loss(self, network: Network, step: int) -> float | None:
+        """In smaller batches where the memory is short; None, and said, where even one picture does not fit."""
+        size = Validator.batch_size
+        while size:
+            try:
+                return Validator(self.held_out.samples, size).loss(network)
+            except torch.cuda.OutOfMemoryError:
+                size //= 2
+            torch.cuda.empty_cache()
+        self.sink(Notice(text=f"step {step}: not validated, it does not fit into the memory", level="warning"))
+        return None

@@ -6,9 +6,10 @@ need it, so the blocks' forwards are wrapped here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock
@@ -27,11 +28,12 @@ def checkpointed(network: nn.Module) -> Iterator[int]:
     blocks = [module for module in network.modules() if isinstance(module, BLOCKS)]
     with ExitStack() as stack:
         for block in blocks:
-            patch(stack, block, partial(_forward, block.forward))
+            patch(stack, block, partial(recomputed, block.forward))
         yield len(blocks)
 
 
-def _forward(forward, *args, **kwargs):  # noqa: ANN001, ANN002, ANN003, ANN202
+def recomputed(forward: Callable, *args: Any, **kwargs: Any) -> Any:
+    """`forward` of these arguments, computed again in the backward pass instead of kept."""
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)

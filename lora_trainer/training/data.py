@@ -8,10 +8,13 @@ from functools import partial
 from pathlib import Path
 
 from lora_trainer.config import Config
+from lora_trainer.dataset.cache import Cache
+from lora_trainer.dataset.decode import Sizes
 from lora_trainer.dataset.items import Item, scan
-from lora_trainer.dataset.prepare import Encoded, Prepared, Sizes, prepare
+from lora_trainer.dataset.prepare import Encoded, Encoders, Prepared, prepare
 from lora_trainer.errors import DataError
 from lora_trainer.events import EventSink, Notice
+from lora_trainer.models.fingerprint import fingerprint
 from lora_trainer.models.model import Model
 from lora_trainer.training import randomness
 
@@ -65,11 +68,23 @@ def load(
         return lambda index, shape: randomness.normal(config.seed, purpose, [index], shape)
 
     first, second = kept or (None, None)
-    encode = partial(prepare, model=model, sizes=sizes, sink=sink)
+    text = model.text
+    cache = Cache(Path(config.cache_dir) if config.cache_dir else None)
+    vae_key, text_key = (fingerprint(part) if cache.folder else "" for part in (model.vae, text.module))
+    # The WebUI's reading of a caption depends on more than the caption: embeddings, settings. Tokens cost nothing.
+    cached = text_key and config.caption_syntax == "literal" and not config.train_text_encoder
+    encoders = Encoders(
+        model.vae,
+        text.tokens if config.train_text_encoder else text.context,
+        vae_key,
+        f"{text_key} {text.clip_skip}" if cached else "",
+        cache,
+    )
+    encode = partial(prepare, encoders=encoders, sizes=sizes, sink=sink)
     train = encode(items.train, noise=noise("latents"), kept=first)
-    if not items.held_out:
-        return TrainingData(train, None)
-    return TrainingData(train, encode(items.held_out, noise=noise("held-out latents"), kept=second))
+    held_out = encode(items.held_out, noise=noise("held-out latents"), kept=second) if items.held_out else None
+    cache.trim()
+    return TrainingData(train, held_out)
 
 
 def _scan(folder: Path, metadata: Path | None, trigger_words: str, sink: EventSink) -> tuple[Item, ...]:

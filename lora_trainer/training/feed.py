@@ -10,7 +10,7 @@ import torch
 from lora_trainer.dataset import order
 from lora_trainer.dataset.prepare import Sample
 from lora_trainer.training import randomness
-from lora_trainer.training.step import Batch
+from lora_trainer.training.step import Batch, stacked
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,9 @@ class Feed:
             latents=latents,
             eps=randomness.normal(self.seed, "noise", batch.visits, tuple(latents.shape[1:])),
             t=randomness.timesteps(self.seed, batch.visits, self.timesteps),
-            context=torch.stack([sample.context for sample in samples]),
             weight=torch.tensor(batch.weights) / total,
             mask_keys=randomness.mask_keys(self.seed, batch.visits),
+            **stacked([sample.text for sample in samples]),
         )
 
     @property

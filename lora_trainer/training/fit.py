@@ -1,8 +1,8 @@
-"""The loop: updates in order, and at their boundaries whatever is due, until done, stopped or handed over."""
+"""The loop: updates in order, and at their boundaries whatever is due, until done or something ends the segment."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 
 from lora_trainer.dataset.order import Update
-from lora_trainer.hosts.ports import GpuLease
+from lora_trainer.hosts.ports import Control, GpuLease
 from lora_trainer.training.capture import Pace
 from lora_trainer.training.feed import Feed
 from lora_trainer.training.prefetch import ahead
@@ -27,8 +27,10 @@ class Outcome(Enum):
 
     DONE = "done"
     STOPPED = "stopped"
+    PAUSED = "paused"
     HANDED_OVER = "handed over"
     OUT_OF_MEMORY = "out of memory"
+    DIVERGED = "diverged"
 
 
 class Boundary(Protocol):
@@ -50,14 +52,14 @@ class Loop:
     results: Results
 
 
-def fit(loop: Loop, *, first_step: int, lease: GpuLease, stop: Callable[[], bool]) -> tuple[Outcome, int]:
+def fit(loop: Loop, *, first_step: int, lease: GpuLease, control: Control) -> tuple[Outcome, int]:
     """Train from update `first_step` (counted from 0) on.
 
     Returns why the segment ended and how many updates are done in all. Raises DivergedError.
     """
     on_gpu = loop.segment.captures.device.type == "cuda"
     with ahead(loop.feed.stream(first_step, pinned=on_gpu), AHEAD if on_gpu else 0) as updates:
-        return _steps(loop, updates, first_step=first_step, lease=lease, stop=stop)
+        return _steps(loop, updates, first_step=first_step, lease=lease, control=control)
 
 
 def _steps(
@@ -66,19 +68,25 @@ def _steps(
     *,
     first_step: int,
     lease: GpuLease,
-    stop: Callable[[], bool],
+    control: Control,
 ) -> tuple[Outcome, int]:
     segment, steps, step = loop.segment, loop.results.steps, first_step
     pace = Pace(segment.captures.device)
-    while step < steps and not stop():
+    while step < steps and not control.stopping():
+        if control.pausing():
+            loop.results.read()
+            return Outcome.PAUSED, step
         planned, batches = next(updates)
         rate = loop.learning_rate(step)
+        segment.trainables.set_learning_rate(rate)
         try:
-            _update(segment, batches, rate)
+            for batch in batches:
+                segment.forward_backward(batch)
         except torch.cuda.OutOfMemoryError:
-            # Gradients are added up before an update touches anything that lasts: all is as after the last one.
+            # Only gradients were added up, and those go with the segment: all that lasts is as after the last update.
             loop.results.read()
             return Outcome.OUT_OF_MEMORY, step
+        segment.update()
         step += 1
         loop.results.add(step, planned.epoch, rate)
         pace()
@@ -90,11 +98,4 @@ def _steps(
             loop.results.read()
             return Outcome.HANDED_OVER, step
     loop.results.read()
-    return (Outcome.DONE if step == steps else Outcome.STOPPED), step
-
-
-def _update(segment: Segment, batches: Sequence[Batch], learning_rate: float) -> None:
-    segment.trainables.set_learning_rate(learning_rate)
-    for batch in batches:
-        segment.forward_backward(batch)
-    segment.update()
+    return (Outcome.DONE if step >= steps else Outcome.STOPPED), step

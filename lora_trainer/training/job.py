@@ -2,43 +2,40 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import msgspec
 import torch
 
 from lora_trainer.config import Config
-from lora_trainer.dataset.prepare import Encoded
 from lora_trainer.errors import OutputError, UserError
 from lora_trainer.events import EventSink, Notice, Started
-from lora_trainer.hosts.ports import GpuLease
+from lora_trainer.hosts.ports import Control, GpuLease
+from lora_trainer.models.fingerprint import fingerprint
 from lora_trainer.models.model import Model
-from lora_trainer.training import data, schedules
+from lora_trainer.training import resume, schedules
 from lora_trainer.training.boundary import Boundaries, Validation
-from lora_trainer.training.data import Items, TrainingData
+from lora_trainer.training.data import Items
 from lora_trainer.training.feed import Feed
 from lora_trainer.training.fit import Loop, Outcome, fit
+from lora_trainer.training.keeper import Keeper
 from lora_trainer.training.ladder import Plan
 from lora_trainer.training.output import Output, Progress
-from lora_trainer.training.precision import resolve
+from lora_trainer.training.preparing import Preparing
 from lora_trainer.training.results import DivergedError, Results
 from lora_trainer.training.segment import Segment, State, alpha_of, open_segment
+from lora_trainer.training.states import Facts, Kept, versions
 from lora_trainer.training.trial import Measured
+
+# Why a segment ends with another one to come.
+GOES_ON = (Outcome.HANDED_OVER, Outcome.OUT_OF_MEMORY, Outcome.DIVERGED, Outcome.PAUSED)
 
 
 class OutOfMemoryError(UserError):
     """No plan of the ladder fits into the memory."""
-
-
-class _Interrupted(Exception):
-    """Encoding ended before all images were encoded."""
-
-    def __init__(self, outcome: Outcome) -> None:
-        super().__init__(outcome)
-        self.outcome = outcome
 
 
 @dataclass
@@ -49,36 +46,90 @@ class Job:
     items: Items
     output: Output
     sink: EventSink
-    stop: Callable[[], bool]
+    control: Control
+    begun: resume.Beginning
     step: int = 0
     loss: float | None = None
     published: list[Path] = field(default_factory=list)
     measured: Measured = field(default_factory=Measured)
-    _begun: bool = False
-    _data: TrainingData | None = None
     _state: State | None = None
-    _encoded: tuple[Encoded, Encoded] | None = None
+    _base: str = ""
+    _tier: str = ""
+    _told: bool = False
+    _losses: Sequence[float] = ()
 
     def __post_init__(self) -> None:
         self.plan = Plan.of(self.config)
+        self.prepare = Preparing(self.config, self.items, self.sink, self.control)
         self.validation = Validation(None, self.sink)
+        self.keeper = Keeper(self.begun.states, self.config.checkpoint_every, self.sink, self._facts)
+        if self.begun.kept is not None:
+            self._take_over(self.begun.kept)
+
+    @property
+    def threads(self) -> int | None:
+        """CPU threads; those of the state that the run goes on from."""
+        kept = self.begun.kept
+        return self.config.cpu_threads or (kept.facts.threads if kept is not None else None)
 
     def segment(self, model: Model, lease: GpuLease) -> Outcome:
-        """Borrow → inject → steps, until done, stopped or handed over. Raises UserError."""
+        """Borrow → inject → steps, until done, stopped, paused or handed over. Raises UserError."""
         try:
             return self._segment(model, lease)
         except torch.cuda.OutOfMemoryError as error:
-            raise OutOfMemoryError(
-                "out of GPU memory outside the steps: close what else uses the GPU, or lower resolution"
-            ) from error
+            if self.prepare.data is None:
+                raise OutOfMemoryError(
+                    "out of GPU memory while preparing: close what else uses the GPU, or lower resolution"
+                ) from error
+        # Outside the steps, where the segment's state may be torn: back to the last good one.
+        self.step, self._state = self.keeper.last()
+        self._step_down()
+        return Outcome.HANDED_OVER
+
+    def _take_over(self, kept: Kept) -> None:
+        """Be where an earlier process was."""
+        facts = kept.facts
+        resume.same_data(facts, resume.digest(self.items))
+        self.step, self._state, self._losses = facts.step, kept.tensors, facts.losses
+        self.plan = Plan(facts.checkpointing or self.plan.checkpointing, facts.parts)
+        self.validation.base, self.validation.lora = facts.validation_base, facts.validation_lora
+        self.keeper.rollbacks = facts.rollbacks
+        self.keeper.remember(lambda: kept.tensors, facts.step)
+        self.sink(Notice(text=f"goes on from step {facts.step} of the run of {facts.name}"))
+        if facts.versions != versions():
+            told = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
+            self.sink(Notice(text=f"that state was made with {told}: numbers may differ in the last digits"))
+
+    def _facts(self, step: int) -> Facts:
+        return Facts(
+            step=step,
+            name=self.output.name,
+            started_at=self.output.started_at,
+            config=msgspec.structs.asdict(self.config),
+            base=self._base,
+            data=resume.digest(self.items),
+            losses=list(self._losses),
+            rollbacks=self.keeper.rollbacks,
+            validation_base=self.validation.base,
+            validation_lora=self.validation.lora,
+            checkpointing=self.plan.checkpointing,
+            parts=self.plan.parts,
+            tier=self._tier,
+            threads=torch.get_num_threads(),
+            versions=versions(),
+        )
 
     def _segment(self, model: Model, lease: GpuLease) -> Outcome:
-        if self._data is None:
-            outcome = self._prepare(model, lease)
-            if outcome is not Outcome.DONE:
-                return outcome
+        if not self._base:
+            self._base = fingerprint(model.unet, model.text.module)
+            if self.begun.kept is not None:
+                resume.same_base(self.begun.kept.facts, self._base)
+        outcome = self.prepare(model, lease)
+        if outcome is not Outcome.DONE:
+            return outcome
+        self.validation.held_out = self.prepare.data.held_out
         feed = Feed(
-            self._data.train.samples,
+            self.prepare.data.train.samples,
             self.config.batch_size,
             self.config.gradient_accumulation_steps,
             self.config.seed,
@@ -87,16 +138,26 @@ class Job:
         )
         steps = self.config.max_train_steps or self.config.epochs * feed.steps_per_epoch
         with open_segment(self.config, model, self._state, self.plan) as segment:
-            if not self._begun:
+            if not self._told:
                 self._begin(segment, steps)
             outcome = self._fit(segment, self._loop(segment, feed, steps), lease)
-            if outcome is Outcome.OUT_OF_MEMORY:
-                self._step_down()
-            if outcome in (Outcome.HANDED_OVER, Outcome.OUT_OF_MEMORY):
-                self._state = segment.state()
-                return Outcome.HANDED_OVER
-            self._finish(segment, feed)
+            if outcome in GOES_ON:
+                self._leave(segment, feed, outcome)
+            else:
+                self._finish(segment, feed)
         return outcome
+
+    def _leave(self, segment: Segment, feed: Feed, outcome: Outcome) -> None:
+        """What the next segment goes on from."""
+        if outcome is Outcome.DIVERGED:
+            return
+        if outcome is Outcome.OUT_OF_MEMORY:
+            self._step_down()
+        snapshot = segment.snapshot()
+        self._state = snapshot.named()
+        if outcome is Outcome.PAUSED and self.step:
+            self.keeper.keep_durably(snapshot, self.step)
+            self._save_between(segment, feed, self.step)
 
     def _step_down(self) -> None:
         """Raises OutOfMemoryError when nothing is left to give up."""
@@ -109,89 +170,93 @@ class Job:
         self.plan = lighter
         self.sink(Notice(text=f"step {self.step + 1}: out of memory, goes on with {lighter}", level="warning"))
 
-    def _prepare(self, model: Model, lease: GpuLease) -> Outcome:
-        notice = resolve(self.config.mixed_precision, model.facts.device)[1]
-        if notice and not self._encoded:
-            self.sink(Notice(text=notice))
-        if self.config.enable_xformers and not self._encoded:
-            self.sink(Notice(text="enable_xformers: not needed, torch's own attention (SDPA) does the same"))
-        began = time.perf_counter()
-        between = partial(self._between_images, lease)
-        self._encoded = self._encoded or (Encoded(between), Encoded(between))
-        try:
-            self._data = data.load(self.items, self.config, model, sink=self.sink, kept=self._encoded)
-        except _Interrupted as interruption:
-            return interruption.outcome
-        self.measured.prepare = (time.perf_counter() - began) / len(self.items.train + self.items.held_out)
-        self.validation.held_out = self._data.held_out
-        return Outcome.DONE
-
-    def _between_images(self, lease: GpuLease) -> None:
-        if self.stop():
-            raise _Interrupted(Outcome.STOPPED)
-        if not lease.hand_over():
-            raise _Interrupted(Outcome.HANDED_OVER)
+    def _roll_back(self, segment: Segment, loop: Loop, error: DivergedError) -> Outcome:
+        """Raises `error` when that was tried often enough; what was learned is then saved."""
+        before = self.keeper.roll_back()
+        if before is None:
+            self._save_between(segment, loop.feed, loop.results.step)
+            raise error
+        self.step, self._state = before
+        self._losses = ()
+        rate = self.keeper.rate_factor * self.config.learning_rate
+        self.sink(
+            Notice(
+                text=f"step {loop.results.step}: {error.reason}; back to step {self.step}, on with learning rate "
+                f"{rate:.2g}",
+                level="warning",
+            )
+        )
+        return Outcome.DIVERGED
 
     def _begin(self, segment: Segment, steps: int) -> None:
-        self._begun = True
+        self._told = True
         config, facts = self.config, segment.model.facts
+        self._tier = segment.tier.ops.name
         self.sink(
             Started(
                 name=self.output.name,
                 device=str(facts.device),
                 precision=str(segment.network.precision.compute).removeprefix("torch."),
-                images=len(self._data.train.samples),
+                images=len(self.prepare.data.train.samples),
                 steps=steps,
                 epochs=config.epochs,
                 effective_batch=config.batch_size * config.gradient_accumulation_steps,
                 trainable=segment.trainables.count,
                 total=segment.base_count,
-                modules=len(segment.adapter.layers),
+                modules=segment.modules,
                 scale=alpha_of(config) / config.lora_rank,
             )
         )
         for notice in segment.tier.notices:
             self.sink(Notice(text=notice))
-        self.validation(segment.network, 0)
+        if self.step == 0:
+            self.validation(segment.network, 0)
 
     def _loop(self, segment: Segment, feed: Feed, steps: int) -> Loop:
         config = self.config
-        rate = partial(
+        scheduled = partial(
             schedules.learning_rate,
             config.lr_scheduler,
-            base=config.learning_rate,
+            base=config.learning_rate * self.keeper.rate_factor,
             steps=steps,
             warmup=config.lr_warmup_steps,
         )
+        results = Results(segment.update.result, steps, self.sink, window=feed.steps_per_epoch, losses=self._losses)
+        # The state comes last: whoever goes on from it need not do again what happened at its step.
         actions = (
             (config.validate_every, lambda step: self.validation(segment.network, step)),
             (config.save_steps, lambda step: self._save_between(segment, feed, step)),
             (config.sample_every, lambda step: self._preview(segment, step)),
+            (self.keeper.due, lambda step: self._keep(segment, results, step)),
         )
         return Loop(
             feed=feed,
             segment=segment,
-            learning_rate=rate,
+            learning_rate=scheduled,
             boundary=Boundaries(actions, steps),
-            results=Results(segment.update.result, steps, self.sink, window=feed.steps_per_epoch),
+            results=results,
         )
+
+    def _keep(self, segment: Segment, results: Results, step: int) -> None:
+        self._losses = tuple(results.losses)
+        if results.bad_in_a_row == 0:
+            self.keeper.keep(segment.snapshot(), step)
 
     def _fit(self, segment: Segment, loop: Loop, lease: GpuLease) -> Outcome:
         try:
-            outcome, self.step = fit(loop, first_step=self.step, lease=lease, stop=self.stop)
+            outcome, self.step = fit(loop, first_step=self.step, lease=lease, control=self.control)
             if segment.captures.reason:
                 self.sink(Notice(text=f"the step ran uncaptured: {segment.captures.reason}", level="warning"))
-        except DivergedError:
-            self._save_between(segment, loop.feed, loop.results.step)
-            raise
-        self.loss = loop.results.mean_loss
+        except DivergedError as error:
+            return self._roll_back(segment, loop, error)
+        self.loss, self._losses = loop.results.mean_loss, tuple(loop.results.losses)
         self.measured.step = loop.results.fastest
         return outcome
 
     def _save_between(self, segment: Segment, feed: Feed, step: int) -> None:
         """An intermediate file; a run is not lost because one of them could not be written."""
         try:
-            self.output.save(segment, self._data.train, self._progress(feed, step), final=False)
+            self.output.save(segment, self.prepare.data.train, self._progress(feed, step), final=False)
         except OutputError as error:
             self.sink(Notice(text=f"step {step} is not saved, training goes on: {error}", level="warning"))
 
@@ -199,8 +264,11 @@ class Job:
         if self.step == 0:
             return
         self.validation(segment.network, self.step)
+        self.measured.prepare = self.prepare.seconds
         self.measured.validate = self.validation.seconds / max(1, len(self.items.held_out))
-        self.published = self.output.save(segment, self._data.train, self._progress(feed, self.step), final=True)
+        # First: whoever is killed while it is published need only publish it again.
+        self.keeper.keep_durably(segment.snapshot(), self.step)
+        self.published = self.output.save(segment, self.prepare.data.train, self._progress(feed, self.step), final=True)
         self._preview(segment, self.step)
 
     def _preview(self, segment: Segment, step: int) -> None:

@@ -7,7 +7,6 @@ device (learning rate, step, whether the gradient is finite), so a CUDA graph ca
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,9 +21,9 @@ class Optimizer(Protocol):
 
     def step(self, trainables: Trainables, bad: Tensor) -> None: ...
 
-    def state(self) -> dict[str, Tensor]: ...
-
-    def load_state(self, state: Mapping[str, Tensor]) -> None: ...
+    def live(self) -> dict[str, Tensor]:
+        """What `step` changes beside the masters: tensors as long as they are, and scalars."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -55,12 +54,8 @@ class FlatAdamW:
             buffers = [b[part] for b in (trainables.masters, trainables.grads, self.exp_avg, self.exp_avg_sq)]
             apply(buffers, group.learning_rate, bad)
 
-    def state(self) -> dict[str, Tensor]:
-        return {name: getattr(self, name).clone() for name in ("exp_avg", "exp_avg_sq", "steps")}
-
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        for name, tensor in state.items():
-            getattr(self, name).copy_(tensor)
+    def live(self) -> dict[str, Tensor]:
+        return {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq, "steps": self.steps}
 
     def _fused(self, buffers: list[Tensor], learning_rate: Tensor, bad: Tensor) -> None:
         fused_adamw(buffers, self.steps, learning_rate, bad, self.settings)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,18 +12,20 @@ from PIL.Image import Image
 from torch import Tensor
 
 from lora_trainer.adapters.metadata import BaseFacts, DataFacts, RunFacts, build_metadata
-from lora_trainer.adapters.naming import UNET_PREFIX, to_diffusers, to_kohya
+from lora_trainer.adapters.naming import PREFIXES, to_diffusers, to_kohya
 from lora_trainer.adapters.save import assemble
-from lora_trainer.config import Config, output_name_of
+from lora_trainer.config import Config
 from lora_trainer.config.export import to_header, to_yaml
 from lora_trainer.dataset.prepare import Prepared
-from lora_trainer.events import EventSink, Notice, Saved
+from lora_trainer.errors import OutputError
+from lora_trainer.events import EventSink, Notice, Saved, Saving
 from lora_trainer.events import Progress as Working
 from lora_trainer.hosts.ports import LoraStore, Painter
 from lora_trainer.models.model import Model
 from lora_trainer.sampling import Recipe, generate
 from lora_trainer.training import randomness
-from lora_trainer.training.segment import Segment, alpha_of
+from lora_trainer.training.rescue import rescued
+from lora_trainer.training.segment import Segment, alpha_of, text_encoder_lr_of
 
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
@@ -38,44 +40,49 @@ class Progress:
     batches_per_epoch: int
 
 
-@dataclass
+@dataclass(frozen=True)
 class Output:
-    """The files of one run. `name` is claimed from the store at the start."""
+    """The files of one run, under a claimed `name`."""
 
     config: Config
     store: LoraStore
     sink: EventSink
+    name: str
+    started_at: float
     clock: Callable[[], float]
     painter: Painter | None = None
-    name: str = field(init=False)
-    started_at: float = field(init=False)
-
-    def __post_init__(self) -> None:
-        wanted = output_name_of(self.config)
-        self.name = self.store.claim(wanted)
-        self.started_at = self.clock()
-        if self.name != wanted:
-            self.sink(
-                Notice(text=f"{wanted} is there already: this LoRA becomes {self.name} (overwrite=true replaces it)")
-            )
 
     def save(self, segment: Segment, data: Prepared, progress: Progress, *, final: bool) -> list[Path]:
         """Publish the LoRA as it is now; a final one with its config beside it. Raises OutputError."""
         stem = self.name if final else f"{self.name}-step{progress.step:08}"
+        self.sink(Saving(step=progress.step))
         metadata = self._metadata(segment.model, data, progress)
-        factors = segment.adapter.factors()
         files: list[tuple[str, dict[str, Tensor]]] = []
         if self.config.output_format in ("webui", "both"):
-            files.append((f"{stem}.safetensors", to_kohya(UNET_PREFIX, factors)))
+            files.append((f"{stem}.safetensors", _kohya(segment)))
         if self.config.output_format in ("diffusers", "both"):
-            files.append((DIFFUSERS_FILE if final else f"{stem}/{DIFFUSERS_FILE}", to_diffusers(factors)))
+            files.append((DIFFUSERS_FILE if final else f"{stem}/{DIFFUSERS_FILE}", _diffusers(segment)))
         paths = []
         for file, tensors in files:
-            paths.append(self.store.publish(file, assemble(self._rounded(tensors), metadata), final=final))
+            refuse_nonsense(file, tensors)
+            paths.append(self._publish(file, assemble(self._rounded(tensors), metadata), final=final))
             self.sink(Saved(path=str(paths[-1]), step=progress.step, kind="lora" if final else "checkpoint"))
         if final:
-            self.store.publish(f"{stem}.yaml", to_yaml(self.config).encode(), final=True)
+            self._keep_settings(stem)
         return paths
+
+    def _keep_settings(self, stem: str) -> None:
+        """Beside the LoRA, whose header holds them too: a run does not fail because of them."""
+        try:
+            self.store.publish(f"{stem}.yaml", to_yaml(self.config).encode(), final=True)
+        except OutputError as error:
+            self.sink(Notice(text=f"the LoRA is saved, a copy of its settings is not: {error}", level="warning"))
+
+    def _publish(self, file: str, data: bytes, *, final: bool) -> Path:
+        try:
+            return self.store.publish(file, data, final=final)
+        except OutputError as error:
+            raise (rescued(file, data, error) if final else error) from error.__cause__
 
     def preview(self, segment: Segment, step: int) -> None:
         """Draw the sample prompts with the LoRA as it is now. Raises OutputError."""
@@ -100,13 +107,18 @@ class Output:
             for prompt in self.config.sample_prompts:
                 yield from generate(segment.model, [prompt], recipe, segment.network.precision)
             return
-        lora = assemble(self._rounded(to_kohya(UNET_PREFIX, segment.adapter.factors())), {})
+        lora = assemble(self._rounded(_kohya(segment)), {})
         yield from self.painter.draw(lora, self.config.sample_prompts, recipe)
 
     def _rounded(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Weights in the file's precision; alphas stay fp32 scalars."""
+        """Weights in the file's precision, or in fp32 where that cannot hold them; alphas stay fp32 scalars."""
         dtype = PRECISIONS[self.config.save_precision]
-        return {name: tensor if tensor.dim() == 0 else tensor.to(dtype) for name, tensor in tensors.items()}
+        rounded = {name: tensor if tensor.dim() == 0 else tensor.to(dtype) for name, tensor in tensors.items()}
+        if all(torch.isfinite(tensor).all() for tensor in rounded.values()):
+            return rounded
+        text = f"some weights are too large for {self.config.save_precision}: the file is in fp32"
+        self.sink(Notice(text=text, level="warning"))
+        return tensors
 
     def _metadata(self, model: Model, data: Prepared, progress: Progress) -> dict[str, str]:
         facts = model.facts
@@ -138,12 +150,39 @@ class Output:
         return build_metadata(run, DataFacts(captions, data.buckets, resolution, progress.batches_per_epoch), base)
 
 
+def _kohya(segment: Segment) -> dict[str, Tensor]:
+    """What is learned, in the WebUI's form."""
+    parts = [to_kohya(PREFIXES[part], adapter.factors()) for part, adapter in segment.adapters.items()]
+    return {name: tensor for part in parts for name, tensor in part.items()}
+
+
+def _diffusers(segment: Segment) -> dict[str, Tensor]:
+    parts = [to_diffusers(adapter.factors(), part) for part, adapter in segment.adapters.items()]
+    return {name: tensor for part in parts for name, tensor in part.items()}
+
+
+def refuse_nonsense(file: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raises OutputError for weights that are not finite, or of which nothing was learned."""
+    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise OutputError(
+            f"{file}: not written: {len(broken)} of its {len(tensors)} tensors are not finite ({broken[0]}). Train "
+            "again with a lower learning_rate, or with mixed_precision bf16 or no"
+        )
+    ups = [tensor for name, tensor in tensors.items() if name.endswith(("lora_up.weight", "lora_B.weight"))]
+    if not any(up.any() for up in ups):
+        raise OutputError(
+            f"{file}: not written: nothing was learned, all of its {len(ups)} modules are still zero. Train longer, or "
+            "with a higher learning_rate"
+        )
+
+
 def kohya_settings(config: Config) -> dict[str, object]:
     """Our settings under the names that kohya's trainer writes after `ss_`."""
     return {
         "learning_rate": config.learning_rate,
         "unet_lr": config.learning_rate,
-        "text_encoder_lr": None,
+        "text_encoder_lr": text_encoder_lr_of(config) if config.train_text_encoder else None,
         "num_epochs": config.epochs,
         "max_train_steps": config.max_train_steps,
         "batch_size_per_device": config.batch_size,

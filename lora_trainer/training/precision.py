@@ -55,9 +55,5 @@ class LossScaler:
         self.scale.mul_((1 + full) * (1 - 0.5 * bad))
         self.good.copy_(good * (1 - full))
 
-    def state(self) -> dict[str, Tensor]:
-        return {"scale": self.scale.clone(), "good": self.good.clone()}
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        self.scale.copy_(state["scale"])
-        self.good.copy_(state["good"])
+    def live(self) -> dict[str, Tensor]:
+        return {"scale": self.scale, "good": self.good}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -21,6 +21,13 @@ MAX_BAD_STEPS = 25
 class DivergedError(UserError):
     """Too many updates in a row were not finite."""
 
+    def __init__(self, step: int, count: int) -> None:
+        self.reason = f"{count} updates in a row were not finite"
+        super().__init__(
+            f"step {step}: {self.reason}. What was learned before them is kept. Lower learning_rate (a quarter is a "
+            "good start), or use mixed_precision bf16 or no"
+        )
+
 
 @dataclass
 class _Sent:
@@ -35,18 +42,18 @@ class _Sent:
 class Results:
     """Collects `source` ((loss, gradient norm, held back) on the device) after each update and reports in batches.
 
-    `step` is the last update reported; `mean_loss` is over the last `window` good ones, `fastest` the
-    least time a step took, which leaves out a warm-up.
+    `step` is the last update reported; `mean_loss` is over the last `window` good ones, of which `losses` may hold some
+    from before; `fastest` is the least time a step took, which leaves out a warm-up.
     """
 
     source: Tensor
     steps: int
     sink: EventSink
     window: int
+    losses: Iterable[float] = ()
     step: int = 0
     bad_in_a_row: int = 0
     fastest: float = 0.0
-    _losses: deque[float] = field(init=False)
     _ring: Tensor = field(init=False)
     _pending: list[tuple[int, int, float]] = field(default_factory=list)
     _sent: deque[_Sent] = field(default_factory=deque)
@@ -54,12 +61,12 @@ class Results:
     _asked: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
-        self._losses = deque(maxlen=self.window)
+        self.losses = deque(self.losses, maxlen=self.window)
         self._ring = torch.zeros(READ_EVERY_STEPS, *self.source.shape, device=self.source.device)
 
     @property
     def mean_loss(self) -> float | None:
-        return sum(self._losses) / len(self._losses) if self._losses else None
+        return sum(self.losses) / len(self.losses) if self.losses else None
 
     def add(self, step: int, epoch: int, learning_rate: float) -> None:
         """Note update `step` (from 1); nobody waits for its figures. Raises DivergedError."""
@@ -102,7 +109,7 @@ class Results:
             self._count(step, bad > 0)
             self.step = step
             if not bad:
-                self._losses.append(loss)
+                self.losses.append(loss)
             self.sink(
                 StepDone(
                     step=step,
@@ -126,10 +133,7 @@ class Results:
         if self.bad_in_a_row == 1:
             self.sink(Notice(text=f"step {step}: loss or gradient not finite, update left out", level="warning"))
         if self.bad_in_a_row == MAX_BAD_STEPS:
-            raise DivergedError(
-                f"step {step}: {MAX_BAD_STEPS} updates in a row were not finite. What was learned before them is "
-                "kept. Lower learning_rate (a quarter is a good start), or use mixed_precision bf16 or no"
-            )
+            raise DivergedError(step, MAX_BAD_STEPS)
 
 
 def _reserved(device: torch.device) -> int | None:

@@ -7,10 +7,11 @@ from collections.abc import Callable
 
 from lora_trainer.config import Config
 from lora_trainer.events import EventSink, Finished, Notice
-from lora_trainer.hosts.ports import Host
-from lora_trainer.training import data, trial
+from lora_trainer.hosts.ports import Control, Host
+from lora_trainer.training import data, resume, trial
+from lora_trainer.training.control import StopOnly
 from lora_trainer.training.fit import Outcome
-from lora_trainer.training.job import Job
+from lora_trainer.training.job import GOES_ON, Job
 from lora_trainer.training.output import Output
 from lora_trainer.training.settings import torch_settings
 
@@ -21,34 +22,67 @@ def run(
     sink: EventSink,
     *,
     clock: Callable[[], float] = time.time,
-    stop: Callable[[], bool] = lambda: False,
+    control: Control | None = None,
+    resumes: bool = False,
 ) -> Finished:
     """Train `config` on the host's model and publish the LoRA.
 
-    `clock` dates the file; `stop()` is asked at every step boundary, and what was learned until then is
-    published. Raises UserError.
+    `clock` dates the file. `control` is asked at every step boundary; what was learned until a stop is published.
+    With `resumes` the run in `output_dir` goes on, where there is one. Raises UserError.
     """
     began = time.perf_counter()
     full = (config, data.find(config, sink))
     config, items = trial.shorten(*full) if config.trial else full
-    job = Job(config, items, Output(config, host.store, sink, clock, host.painter), sink, stop)
+    begun = resume.begin(config, host.store, sink, resume=resumes)
+    try:
+        if begun.finished is not None:
+            sink(Notice(text=f"the run of {begun.name} is finished already"))
+            sink(begun.finished)
+            return begun.finished
+        started_at = begun.kept.facts.started_at if begun.kept is not None else clock()
+        output = Output(config, host.store, sink, begun.name, started_at, clock, host.painter)
+        job = Job(config, items, output, sink, control or StopOnly(), begun)
+        outcome = _segments(job, host)
+        if config.trial and outcome is Outcome.DONE:
+            sink(Notice(text=trial.forecast(*full, job.measured)))
+        finished = _finished(job, outcome, time.perf_counter() - began)
+        if outcome is Outcome.DONE and begun.states is not None:
+            begun.states.finish(finished)
+    finally:
+        if begun.states is not None:
+            begun.states.release()
+    sink(finished)
+    return finished
+
+
+def _segments(job: Job, host: Host) -> Outcome:
+    """Borrow the model again and again until the run is over; in a pause others have the GPU and its memory."""
     outcome = Outcome.HANDED_OVER
-    with torch_settings(config.cpu_threads), host.lease.hold():
-        while outcome is Outcome.HANDED_OVER:
-            with host.models.borrow() as model:
-                outcome = job.segment(model, host.lease)
-                # The memory of what only the view holds is free when the host takes the model back.
-                del model
-    if config.trial and outcome is Outcome.DONE:
-        sink(Notice(text=trial.forecast(*full, job.measured)))
-    finished = Finished(
+    while outcome in GOES_ON:
+        if outcome is Outcome.PAUSED:
+            job.control.wait()
+        with torch_settings(job.threads), host.lease.hold():
+            outcome = _session(job, host)
+    return outcome
+
+
+def _session(job: Job, host: Host) -> Outcome:
+    while True:
+        with host.models.borrow() as model:
+            outcome = job.segment(model, host.lease)
+            # The memory of what only the view holds is free when the host takes the model back.
+            del model
+        if outcome is Outcome.PAUSED or outcome not in GOES_ON:
+            return outcome
+
+
+def _finished(job: Job, outcome: Outcome, seconds: float) -> Finished:
+    return Finished(
         state="done" if outcome is Outcome.DONE else "stopped",
         output=[str(path) for path in job.published],
         steps=job.step,
         loss=job.loss,
-        seconds=time.perf_counter() - began,
+        seconds=seconds,
         validation_base=job.validation.base,
         validation_lora=job.validation.lora,
     )
-    sink(finished)
-    return finished

@@ -2,45 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import ChainMap
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from lora_trainer.adapters.inject import ADAPTER, Adapter, inject
-from lora_trainer.adapters.targets import select
+from lora_trainer.adapters.naming import text_name
+from lora_trainer.adapters.targets import select, select_text
 from lora_trainer.config import Config
+from lora_trainer.errors import ConfigError
 from lora_trainer.kernels.site import Site
 from lora_trainer.models.model import Model
 from lora_trainer.training import randomness
 from lora_trainer.training.capture import Captures
 from lora_trainer.training.checkpointing import checkpointed
+from lora_trainer.training.clip import TrainedClip
 from lora_trainer.training.dropout import LoraDropout
 from lora_trainer.training.fused import Fused, fuse, is_linear
 from lora_trainer.training.ladder import Plan
 from lora_trainer.training.objectives import mse
 from lora_trainer.training.optimizers import AdamWSettings, FlatAdamW, Optimizer
 from lora_trainer.training.precision import LossScaler, resolve
+from lora_trainer.training.snapshot import Snapshot, restore
 from lora_trainer.training.step import ForwardBackward, Network, Update
 from lora_trainer.training.tier import Tier, choose_tier
 from lora_trainer.training.trainables import Trainables
 from lora_trainer.training.working import WorkingCopy
 
-# What a segment hands to the next one: part, tensor name, tensor.
-State = dict[str, dict[str, Tensor]]
+# What a segment hands to the next one: `Snapshot.named`.
+State = Mapping[str, Tensor]
 # Free memory that a generation can be expected to need.
 ROOM = 6 * 1024**3
 
 
 @dataclass(frozen=True)
 class Segment:
-    """The machinery of one borrowing."""
+    """The machinery of one borrowing. `adapters`: what is trained, by the names of `naming.PREFIXES`."""
 
     model: Model
-    adapter: Adapter
+    adapters: dict[str, Adapter]
     network: Network
     trainables: Trainables
     working: WorkingCopy
@@ -52,22 +57,32 @@ class Segment:
     tier: Tier
 
     @property
+    def adapter(self) -> Adapter:
+        """The UNet's."""
+        return self.adapters["unet"]
+
+    @property
+    def modules(self) -> int:
+        return sum(len(adapter.layers) for adapter in self.adapters.values())
+
+    @property
     def base_count(self) -> int:
-        """Scalars of the frozen network."""
-        return sum(parameter.numel() for parameter in self.model.unet.parameters()) - self.trainables.count
+        """Scalars of the frozen networks that the adapters are on."""
+        networks = [self.model.unet] + ([self.model.text.module] if "text_encoder" in self.adapters else [])
+        return sum(p.numel() for network in networks for p in network.parameters()) - self.trainables.count
 
-    def state(self) -> State:
-        """A copy of everything that training has changed."""
-        return {
-            "masters": self.trainables.state(),
-            "optimizer": self.optimizer.state(),
-            "scaler": self.scaler.state(),
-        }
+    def live(self) -> dict[str, Tensor]:
+        """Everything that training changes, by name: flat buffers as long as the masters, and scalars."""
+        parts = {"optimizer": self.optimizer.live(), "scaler": self.scaler.live()}
+        named = {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
+        return {"masters": self.trainables.masters, **named}
 
-    def load_state(self, state: State) -> None:
-        self.trainables.load_state(state["masters"])
-        self.optimizer.load_state(state["optimizer"])
-        self.scaler.load_state(state["scaler"])
+    def snapshot(self) -> Snapshot:
+        return Snapshot.of(self.live(), self.trainables.slots)
+
+    def restore(self, state: State) -> None:
+        """Go on from `Snapshot.named` of an earlier segment, of this process or another."""
+        restore(state, self.live(), self.trainables.slots)
         self.working.refresh()
 
     def make_room(self) -> None:
@@ -79,31 +94,56 @@ class Segment:
 
 @contextmanager
 def open_segment(config: Config, model: Model, state: State | None, plan: Plan | None = None) -> Iterator[Segment]:
-    """Inject the adapter into `model`'s view and go on from `state`; the view is clean of hooks afterwards."""
+    """Inject the adapters into `model`'s views and go on from `state`; the views are clean of hooks afterwards."""
     precision, _ = resolve(config.mixed_precision, model.facts.device)
-    adapter = inject(
-        model.unet,
-        select(model.unet, config.target_modules),
-        rank=config.lora_rank,
-        alpha=alpha_of(config),
-        generator=lambda name: randomness.generator(config.seed, f"init {name}"),
-    )
-    dropout = LoraDropout(adapter.downs(), config.lora_dropout, precision.compute)
+    adapters = injected(config, model)
+    downs = {name: down for adapter in adapters.values() for name, down in adapter.downs().items()}
+    dropout = LoraDropout(downs, config.lora_dropout, precision.compute)
     with ExitStack() as stack:
         stack.callback(dropout.remove)
-        trainables = Trainables({"unet": adapter.parameters()})
+        trainables = Trainables(
+            {part: adapter.parameters() for part, adapter in adapters.items()},
+            {"text_encoder": text_encoder_lr_of(config) / config.learning_rate},
+        )
         tier = choose_tier(config, model, precision)
         working = WorkingCopy(trainables, precision.compute, collects=tier.ops.collects)
-        fused = Fused(tier.ops, precision.compute, sites(adapter, working, dropout), tier.kernels)
+        found = ChainMap(*(sites(adapter, working, dropout) for adapter in adapters.values()))
+        fused = Fused(tier.ops, precision.compute, found, tier.kernels)
         stack.enter_context(fuse(model.unet, fused))
-        if (plan or Plan.of(config)).checkpointing:
+        checkpointing = (plan or Plan.of(config)).checkpointing
+        if checkpointing:
             stack.enter_context(checkpointed(model.unet))
-        network = Network(model.unet, model.noise, mse, precision, dropout, tier.memory_format)
-        segment = _assemble(config, model, adapter, network, working, tier)
+        encode = TrainedClip(model.text, fused, checkpointing) if config.train_text_encoder else None
+        network = Network(model.unet, model.noise, mse, precision, dropout, tier.memory_format, encode)
+        segment = _assemble(config, model, adapters, network, working, tier)
         stack.callback(segment.captures.release)
         if state is not None:
-            segment.load_state(state)
+            segment.restore(state)
         yield segment
+
+
+def injected(config: Config, model: Model) -> dict[str, Adapter]:
+    """Fresh LoRAs in the views of the networks that `config` trains; module names are those of files."""
+    put = partial(inject, rank=config.lora_rank, alpha=alpha_of(config))
+
+    def start(name: str) -> torch.Generator:
+        return randomness.generator(config.seed, f"init {name}")
+
+    adapters = {"unet": put(model.unet, select(model.unet, config.target_modules), generator=start)}
+    if config.train_text_encoder:
+        text = model.text
+        modules = select_text(text.module, text.layers)
+        if not modules:
+            raise ConfigError([f"clip_skip: {text.clip_skip} leaves no layer of the text encoder to train"])
+        adapter = put(text.module, modules, generator=lambda name: start(text_name(name)))
+        layers = {text_name(name): layer for name, layer in adapter.layers.items()}
+        adapters["text_encoder"] = replace(adapter, layers=layers)
+    return adapters
+
+
+def text_encoder_lr_of(config: Config) -> float:
+    """text_encoder_lr, by default half the learning rate."""
+    return config.learning_rate / 2 if config.text_encoder_lr is None else config.text_encoder_lr
 
 
 def alpha_of(config: Config) -> float:
@@ -132,7 +172,7 @@ def sites(adapter: Adapter, working: WorkingCopy, dropout: LoraDropout) -> dict[
 
 
 def _assemble(
-    config: Config, model: Model, adapter: Adapter, network: Network, working: WorkingCopy, tier: Tier
+    config: Config, model: Model, adapters: dict[str, Adapter], network: Network, working: WorkingCopy, tier: Tier
 ) -> Segment:
     device, trainables = model.facts.device, working.trainables
     scaler = LossScaler(device, enabled=network.precision.compute == torch.float16)
@@ -141,7 +181,7 @@ def _assemble(
     loss = torch.zeros((), device=device)
     return Segment(
         model=model,
-        adapter=adapter,
+        adapters=adapters,
         network=network,
         trainables=trainables,
         working=working,

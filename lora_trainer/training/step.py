@@ -6,7 +6,7 @@ so that each is captured in a CUDA graph where there is one, and runs eagerly as
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -21,34 +21,42 @@ from lora_trainer.training.optimizers import Optimizer
 from lora_trainer.training.precision import LossScaler, Precision
 from lora_trainer.training.working import WorkingCopy
 
+# Token ids [B, n, 77] and their emphasis to [B, 77 n, width].
+Encode = Callable[[Tensor, "Tensor | None"], Tensor]
+
 
 @dataclass(frozen=True)
 class Batch:
     """One micro-batch of B samples: everything random is already drawn.
 
-    latents, eps: [B, 4, h, w] float32; t: [B] int64; context: [B, 77 n, width]; weight: [B] float32, summing to 1
-    over an update (0 for padding); mask_keys: [B, 2] int32. SDXL's: pooled [B, width], and sizes [B, 6] with original
-    (height, width), crop (top, left) and target (height, width) in pixels.
+    latents, eps: [B, 4, h, w] float32; t: [B] int64; weight: [B] float32, summing to 1 over an update (0 for padding);
+    mask_keys: [B, 2] int32. The captions: context [B, 77 n, width], or for a trained encoder their token ids [B, n, 77]
+    int64, with their emphasis of that shape where they have it. SDXL's: pooled [B, width], and sizes [B, 6] with
+    original (height, width), crop (top, left) and target (height, width) in pixels.
     """
 
     latents: Tensor
     eps: Tensor
     t: Tensor
-    context: Tensor
     weight: Tensor
     mask_keys: Tensor
+    context: Tensor | None = None
+    ids: Tensor | None = None
+    emphasis: Tensor | None = None
     pooled: Tensor | None = None
     sizes: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         """What a captured graph depends on: (B, h, w, tokens)."""
-        return (*self.latents.shape[:1], *self.latents.shape[2:], self.context.shape[1])
+        tokens = self.context.shape[1] if self.ids is None else self.ids[0].numel()
+        return (*self.latents.shape[:1], *self.latents.shape[2:], tokens)
 
-    def condition(self) -> dict[str, object]:
+    def condition(self, encode: Encode | None = None) -> dict[str, object]:
         """What a UNet is told beside the noisy latents and the time, by diffusers' argument names."""
+        context = self.context if self.ids is None else encode(self.ids, self.emphasis)
         added = None if self.pooled is None else {"text_embeds": self.pooled, "time_ids": self.sizes}
-        return {"encoder_hidden_states": self.context, "added_cond_kwargs": added}
+        return {"encoder_hidden_states": context, "added_cond_kwargs": added}
 
     def like(self, device: torch.device) -> Batch:
         """Empty buffers of the same shapes on `device`."""
@@ -78,9 +86,15 @@ class Batch:
         return Batch(*(None if value is None else change(value) for value in values))
 
 
+def stacked(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Tensors of the same names, a row a sample."""
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
 @dataclass(frozen=True)
 class Network:
-    """What the forward pass runs: the injected view, its schedule, and how it is computed."""
+    """What the forward pass runs: the injected view, its schedule, and how it is computed; `encode` is the text encoder
+    where it is trained."""
 
     unet: UNet2DConditionModel
     noise: NoiseSchedule
@@ -88,14 +102,14 @@ class Network:
     precision: Precision
     dropout: LoraDropout
     memory_format: torch.memory_format = torch.contiguous_format
+    encode: Encode | None = None
 
     def losses(self, batch: Batch) -> Tensor:
         """Each sample's loss, [B] float32."""
         with self.precision.autocast():
             latents, eps = (x.contiguous(memory_format=self.memory_format) for x in (batch.latents, batch.eps))
-            return self.objective(
-                self.unet, self.noise, latents=latents, eps=eps, t=batch.t, condition=batch.condition()
-            )
+            condition = batch.condition(self.encode)
+            return self.objective(self.unet, self.noise, latents=latents, eps=eps, t=batch.t, condition=condition)
 
 
 class ForwardBackward:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -60,11 +61,16 @@ class Group:
 class Trainables:
     """Flat masters and gradients under the parameters of `groups`.
 
-    `groups` maps a group's name to its parameters as (name, owner, attribute). The parameters are replaced by
-    views, so build this last, after everything that may replace them.
+    `groups` maps a group's name to its parameters as (name, owner, attribute), `factors` to its share of the learning
+    rate (1 where it is left out). The parameters are replaced by views, so build this last, after everything that may
+    replace them.
     """
 
-    def __init__(self, groups: Mapping[str, Sequence[tuple[str, nn.Module, str]]]) -> None:
+    def __init__(
+        self,
+        groups: Mapping[str, Sequence[tuple[str, nn.Module, str]]],
+        factors: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
         self.slots: list[Slot] = []
         self.groups: list[Group] = []
         entries = [entry for members in groups.values() for entry in members]
@@ -76,7 +82,7 @@ class Trainables:
                 shape = getattr(owner, attribute).shape
                 self.slots.append(Slot(name, owner, attribute, shape, end))
                 end += -(-shape.numel() // ALIGNMENT) * ALIGNMENT
-            self.groups.append(Group(group, start, end, torch.zeros((), device=device)))
+            self.groups.append(Group(group, start, end, torch.zeros((), device=device), factors.get(group, 1.0)))
         self.masters = torch.zeros(end, device=device)
         self.grads = torch.zeros(end, device=device)
         for slot in self.slots:
@@ -109,15 +115,6 @@ class Trainables:
                 or parameter.grad.data_ptr() != grad.data_ptr()
             ):
                 raise RuntimeError(f"{slot.name} no longer is a view of the flat buffer")
-
-    def state(self) -> dict[str, Tensor]:
-        """A copy of what was learned, by parameter name."""
-        return {slot.name: self.of(self.masters, slot).clone() for slot in self.slots}
-
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take over `state()` of an earlier segment; names and shapes must match."""
-        for slot in self.slots:
-            self.of(self.masters, slot).copy_(state[slot.name])
 
     def _adopt(self, slot: Slot) -> None:
         view = self.of(self.masters, slot)

@@ -10,7 +10,7 @@ import torch
 
 from lora_trainer.dataset.prepare import Sample
 from lora_trainer.training import randomness
-from lora_trainer.training.step import Batch, Network
+from lora_trainer.training.step import Batch, Network, stacked
 
 TIMESTEPS = 8
 
@@ -50,7 +50,7 @@ class Validator:
             latents=latents,
             eps=randomness.normal(self.seed, "validation", visits, tuple(latents.shape[1:])),
             t=torch.tensor([int((k + 0.5) * timesteps / TIMESTEPS) for _, k in draws]),
-            context=torch.stack([sample.context for sample in samples]),
             weight=torch.ones(len(draws)),
             mask_keys=torch.zeros(len(draws), 2, dtype=torch.int32),
+            **stacked([sample.text for sample in samples]),
         )

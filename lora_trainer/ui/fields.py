@@ -13,6 +13,7 @@ from lora_trainer.config.schema import GROUPS
 HIDDEN = {
     "base_model": "the host's loaded checkpoint",
     "output_dir": "the host's LoRA folder",
+    "cache_dir": "a folder of the host's",
     "device": "the host's device",
     "cpu_threads": "the host's threads",
     "trial": "a button of its own",

@@ -21,7 +21,7 @@ class Handlers:
 
     # The components that every event answers for, in this order.
     SCREEN = (
-        *("checkpoint", "panel", "log", "jobs", "stop"),
+        *("checkpoint", "panel", "log", "jobs", "stop", "pause"),
         *("result", "file", "prompt", "compare", "grid", "beat", "seen"),
     )
 
@@ -41,6 +41,16 @@ class Handlers:
             self.host.jobs.stop(job.id)
             self.stopping.add(job.id)
         return ["", *self.look("", seen)]
+
+    def pause(self, picked: str, seen: str) -> list[Any]:
+        """Pause the job on show, or let it go on: one button, which says which."""
+        job = shown_job(self.host, picked)
+        if job is not None and live.can_pause(job):
+            self.host.jobs.pause(job.id)
+        elif job is not None and live.can_go_on(job):
+            self.stopping.discard(job.id)
+            self.host.jobs.go_on(job.id)
+        return self.look(picked, seen)
 
     def submit(self, keys: Sequence[str], *, trial: bool) -> Callable[..., list[Any]]:
         """The event of a button that trains with the values of the controls `keys`."""
@@ -81,6 +91,9 @@ class Handlers:
             "log": screen.log,
             "jobs": screen.jobs,
             "stop": self.update(interactive=screen.stoppable),
+            "pause": self.update(
+                value="Continue" if screen.resumable else "Pause", interactive=screen.resumable or screen.pausable
+            ),
             "beat": beat,
             "seen": key,
         }

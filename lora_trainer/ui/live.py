@@ -31,6 +31,15 @@ def is_active(job: JobView) -> bool:
     return job.state == "queued" or job.state in RUNNING
 
 
+def can_pause(job: JobView) -> bool:
+    return is_active(job) and job.state != "paused"
+
+
+def can_go_on(job: JobView) -> bool:
+    """Paused, or ended before it was done."""
+    return job.state in ("paused", "stopped", "failed")
+
+
 def checkpoint(found: Checkpoint | None) -> str:
     """The line that names what will be trained on."""
     if found is None:
@@ -60,7 +69,8 @@ def refusal(text: str, head: str = "Not started.") -> str:
 
 def note(text: str, skipped: Sequence[str] = ()) -> str:
     """A quiet line, with what was left out."""
-    rows = "".join(f"<li>{safe(line)}</li>" for line in skipped)
+    rows = "".join(f"<li>{safe(line)}</li>" for line in skipped[:LOG_LINES])
+    rows += f"<li>… and {len(skipped) - LOG_LINES:,} more</li>" if len(skipped) > LOG_LINES else ""
     left_out = f"<details><summary>{len(skipped)} left out</summary><ul>{rows}</ul></details>" if rows else ""
     return f'<div class="lt-note">{safe(text)}{left_out}</div>'
 
@@ -142,7 +152,10 @@ def _error(job: JobView) -> str:
         return ""
     rows = "".join(f"<li>{problem(line)}</li>" for line in lines(job.error))
     what_to_do = f'<div class="lt-advice">{safe(advice(job.error))}</div>'
-    return f'<div class="lt-error" role="alert"><ul>{rows}</ul>{what_to_do}</div>'
+    details = ""
+    if job.details:
+        details = f"<details><summary>Details for an issue</summary><pre>{safe(job.details)}</pre></details>"
+    return f'<div class="lt-error" role="alert"><ul>{rows}</ul>{what_to_do}{details}</div>'
 
 
 def _curve(job: JobView) -> str:

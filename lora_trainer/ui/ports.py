@@ -39,7 +39,7 @@ class TabHost(Protocol):
         ...
 
     def prompt(self, job: JobView, weight: float = 0.8) -> str:
-        """The words that show the job's LoRA: `trigger words <lora:name:0.8>`."""
+        """The words that show the job's LoRA, in a pause as it is now: `trigger words <lora:name:0.8>`."""
         ...
 
     def grid(self, job: JobView) -> str | None:

@@ -36,6 +36,8 @@ class Screen:
     jobs: str
     result: Result | None
     stoppable: bool
+    pausable: bool
+    resumable: bool
     active: bool
 
 
@@ -51,6 +53,8 @@ def look(host: TabHost, picked: str = "", stopping: Collection[str] = ()) -> Scr
         jobs=live.job_list(jobs[:JOBS_LISTED], job, stopping=stopping),
         result=result_of(host, job) if job is not None else None,
         stoppable=job is not None and live.is_active(job) and job.id not in stopping,
+        pausable=job is not None and live.can_pause(job) and job.id not in stopping,
+        resumable=job is not None and live.can_go_on(job),
         active=any(live.is_active(one) for one in jobs),
     )
 
@@ -70,11 +74,12 @@ def shown_job(host: TabHost, picked: str = "") -> JobView | None:
 
 
 def result_of(host: TabHost, job: JobView) -> Result | None:
-    """What there is to try, once the job has ended with a LoRA."""
+    """What there is to try, once the job has ended with a LoRA, or in a pause the LoRA as it is now."""
     files = [path for path in job.output if path.lower().endswith(".safetensors")]
-    if live.is_active(job) or not files:
+    if (live.is_active(job) and job.state != "paused") or not files:
         return None
-    return Result(_file_line(files[0]), host.prompt(job), host.grid(job) or "")
+    shown = files[-1] if job.state == "paused" else files[0]
+    return Result(_file_line(shown), host.prompt(job), host.grid(job) or "")
 
 
 def _file_line(path: str) -> str:

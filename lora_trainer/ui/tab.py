@@ -27,6 +27,7 @@ class _Actions:
 
     train: gr.Button
     trial: gr.Button
+    pause: gr.Button
     stop: gr.Button
     tick: gr.Button
     stop_picked: gr.Button
@@ -46,7 +47,7 @@ def build(host: TabHost) -> gr.Blocks:
         with gr.Column(scale=5, min_width=320, elem_classes=["lt-right"]):
             actions = _actions()
             message = gr.HTML("", elem_id="lora_trainer_message")
-            screen |= _live(host) | {"stop": actions.stop}
+            screen |= _live(host) | {"stop": actions.stop, "pause": actions.pause}
         screen |= {"beat": gr.HTML("", elem_id="lora_trainer_beat", elem_classes=["lt-hidden"]), "seen": gr.State("")}
         _connect(handlers, actions, {"message": message, **screen}, inputs)
     for block in blocks.blocks.values():
@@ -98,6 +99,7 @@ def _actions() -> _Actions:
     with gr.Row(elem_classes=["lt-buttons"]):
         train = gr.Button("Train", variant="primary", elem_id="lora_trainer_train", scale=3, min_width=120)
         trial = gr.Button("Trial run", elem_id="lora_trainer_try_out", scale=1, min_width=90)
+        pause = gr.Button("Pause", elem_id="lora_trainer_pause", scale=1, min_width=90, interactive=False)
         stop = gr.Button("Stop", elem_id="lora_trainer_stop", scale=1, min_width=90, interactive=False)
     with gr.Row(elem_classes=["lt-hidden"]):
         tick = gr.Button("Look", elem_id="lora_trainer_tick")
@@ -105,7 +107,7 @@ def _actions() -> _Actions:
         picked = gr.Textbox("", label="Job", elem_id="lora_trainer_picked")
     trial_run = "Trial run: a few steps on a few pictures, then how long the full run will take."
     gr.HTML(live.note(trial_run), elem_id="lora_trainer_trial_help")
-    return _Actions(train, trial, stop, tick, stop_picked, picked)
+    return _Actions(train, trial, pause, stop, tick, stop_picked, picked)
 
 
 def _live(host: TabHost) -> dict[str, Any]:
@@ -134,6 +136,7 @@ def _connect(handlers: Handlers, actions: _Actions, screen: Mapping[str, Any], i
     picked, seen = actions.picked, screen["seen"]
     outputs = [screen[name] for name in handlers.SCREEN]
     actions.tick.click(handlers.look, inputs=[picked, seen], outputs=outputs, **_SHORT)
+    actions.pause.click(handlers.pause, inputs=[picked, seen], outputs=outputs, **_SHORT)
     for button in (actions.stop, actions.stop_picked):
         button.click(handlers.stop, inputs=[picked, seen], outputs=[picked, *outputs], **_SHORT)
     for button, trial in ((actions.train, False), (actions.trial, True)):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shutil
 import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from typing import BinaryIO
 
 from lora_trainer.config.rules import RESERVED
 from lora_trainer.dataset.images import IMAGE_SUFFIXES
-from lora_trainer.errors import DataError
+from lora_trainer.errors import DataError, printable
 
 CAPTION_SUFFIXES = (".txt", ".caption", ".csv", ".jsonl")
 MAX_NAME_BYTES = 200
@@ -86,9 +85,9 @@ class _Inbox:
         name = PurePosixPath(shown.replace("\\", "/")).name
         why = _unwanted(name)
         if why is not None:
-            self.received.skipped.append(f"{shown}: {why}")
+            self.received.skipped.append(f"{printable(shown, 200)}: {why}")
             return
-        self._register(name, shown)
+        self._register(name, printable(shown, 200))
         with (self.received.folder / name).open("xb") as target:
             self._copy(shown, source, target)
         if Path(name).suffix.lower() in IMAGE_SUFFIXES:
@@ -114,7 +113,7 @@ class _Inbox:
             if self.bytes > self.limits.total:
                 raise DataError(
                     f"upload: expected at most {self.limits.total / 1024**3:.3g} GiB unpacked, found more "
-                    f"(at {shown}); give the folder's path instead"
+                    f"(at {printable(shown, 200)}); give the folder's path instead"
                 )
             target.write(chunk)
 
@@ -138,10 +137,13 @@ def _zip_errors(name: str) -> Iterator[None]:
     """Whatever is wrong with a zip file becomes a DataError."""
     try:
         yield
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
-        raise DataError(f"{name}: not a whole zip file: {error}") from None
+    except (DataError, OSError):
+        raise
     except RuntimeError:
         raise DataError(f"{name}: expected an ordinary zip file without a password") from None
+    except Exception as error:
+        # On damaged bytes it raises nearly anything: BadZipFile, zlib.error, IndexError for a file without a name, ….
+        raise DataError(f"{name}: not a whole zip file: {error}") from None
 
 
 def _clutter(path: str) -> bool:

@@ -45,7 +45,7 @@ def memory(size: int) -> str:
 def advice(error: str) -> str:
     """What to do about an error that does not say so itself."""
     known = (text for pattern, text in _ADVICE if re.search(pattern, error, re.IGNORECASE))
-    return next(known, "Mend what it names, then train again.")
+    return next(known, "Mend what it names, then press Continue, or train again.")
 
 
 def problem(line: str) -> str:

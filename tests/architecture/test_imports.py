@@ -25,6 +25,7 @@ NEVER = {
     "jobs/": {"torch", "gradio", "modules"},
     "events.py": {"torch", "gradio", "modules"},
     "errors.py": {"torch", "gradio", "modules"},
+    "files.py": {"torch", "gradio", "modules"},
     "hosts/": {"gradio"},
     "ui/": {"modules"},
     "api/": {"modules"},

@@ -106,11 +106,11 @@ def test_the_lease_lets_go_and_says_whether_the_model_is_still_ours(host):
         pass
 
 
-def test_the_store_claims_a_free_name_and_publishes_whole(host):
-    name = host.store.claim("style")
-    path = host.store.publish(f"{name}.safetensors", LORA, final=True)
+def test_the_store_knows_which_names_are_free_and_publishes_whole(host):
+    assert host.store.free("style")
+    path = host.store.publish("style.safetensors", LORA, final=True)
     assert path.read_bytes() == LORA
-    assert host.store.claim("style") != name
+    assert not host.store.free("style")
     kept = host.store.publish("kept.txt", b"data", final=False)
     assert kept.read_bytes() == b"data"
     kept.with_name("blocked").write_bytes(b"")

@@ -15,7 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from lora_trainer.adapters.inject import inject
 from lora_trainer.adapters.naming import TEXT_PREFIX, UNET_PREFIX, Factors, to_kohya
-from lora_trainer.adapters.targets import select
+from lora_trainer.adapters.targets import select, select_text
 from tests.ldm import SD15_UNET
 
 HERE = Path(__file__).parent
@@ -81,9 +81,8 @@ def test_text_encoder_names_are_kohyas():
     )
     with torch.device("meta"):
         text = CLIPTextModel(config)
-    linear = {
-        name: shapes_of(module)
-        for name, module in text.named_modules()
-        if isinstance(module, nn.Linear) and ".layers." in name
-    }
+    names = select_text(text, 12)
+    assert len(names) == 72
+    linear = {name: shapes_of(text.get_submodule(name)) for name in names}
     assert described(TEXT_PREFIX, linear) == golden("sd15_te_72.txt")
+    assert len(select_text(text, 11)) == 66

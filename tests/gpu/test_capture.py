@@ -18,6 +18,7 @@ from lora_trainer.training.settings import torch_settings
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 WORK = Workload(batch=2, resolution=256, dropout=0.1)
+WORKS = [WORK, replace(WORK, train_text_encoder=True)]
 
 
 def steps(count, *, work=WORK, lr=1e-3, captured=True, **changes):
@@ -33,7 +34,8 @@ def steps(count, *, work=WORK, lr=1e-3, captured=True, **changes):
             segment.update()
         segment.trainables.verify_views()
         graphs = segment.captures.count
-        learned = [f.up.flatten(1) @ f.down.flatten(1) for f in segment.adapter.factors().values()]
+        factors = [f for adapter in segment.adapters.values() for f in adapter.factors().values()]
+        learned = [f.up.flatten(1) @ f.down.flatten(1) for f in factors]
     return torch.cat([product.flatten() for product in learned]), graphs
 
 
@@ -54,31 +56,35 @@ def ordinary(monkeypatch):
     monkeypatch.setattr(segments, "choose_tier", choose)
 
 
-def test_fifty_captured_steps_differ_from_ordinary_ones_as_those_do_from_each_other(monkeypatch):
-    fast, graphs = steps(50)
+@pytest.mark.parametrize("work", WORKS)
+def test_fifty_captured_steps_differ_from_ordinary_ones_as_those_do_from_each_other(monkeypatch, work):
+    fast, graphs = steps(50, work=work)
     assert graphs == 2
     ordinary(monkeypatch)
-    one, other = steps(50)[0], steps(50)[0]
+    one, other = (steps(50, work=work)[0] for _ in range(2))
     print(f"fast against ordinary {apart(fast, one):.2e}, ordinary against itself {apart(other, one):.2e}")
     assert apart(fast, one) <= max(2 * apart(other, one), 5e-3)
 
 
-def test_checkpointing_dropout_and_capture_together_change_nothing():
-    plain = steps(4, captured=False)[0]
+@pytest.mark.parametrize("work", WORKS)
+def test_checkpointing_dropout_and_capture_together_change_nothing(work):
+    plain = steps(4, work=work, captured=False)[0]
     for changes in ({}, {"gradient_checkpointing": True}):
-        got, graphs = steps(4, **changes)
+        got, graphs = steps(4, work=work, **changes)
         assert graphs == 2
         assert apart(got, plain) < 5e-3, changes
 
 
-def test_deterministic_runs_are_equal_bit_by_bit():
-    first, second = (steps(4, deterministic=True)[0] for _ in range(2))
+@pytest.mark.parametrize("work", WORKS)
+def test_deterministic_runs_are_equal_bit_by_bit(work):
+    first, second = (steps(4, work=work, deterministic=True)[0] for _ in range(2))
     assert torch.equal(first, second)
 
 
-def test_no_step_waits_for_the_device():
-    feed = RandomFeed(WORK).stream(0, pinned=True)
-    with torch_settings(None), segments.open_segment(config_of(WORK), model_of(WORK), None) as segment:
+@pytest.mark.parametrize("work", WORKS)
+def test_no_step_waits_for_the_device(work):
+    feed = RandomFeed(work).stream(0, pinned=True)
+    with torch_settings(None), segments.open_segment(config_of(work), model_of(work), None) as segment:
         for number in range(6):
             _, (batch,) = next(feed)
             if number == 3:
@@ -120,3 +126,58 @@ def test_a_part_that_cannot_be_captured_runs_eagerly():
     assert len(seen) >= 4
     assert captures.count == 0
     assert captures.reason
+
+
+def test_bad_numbers_never_reach_the_weights_and_nobody_waits():
+    feed = RandomFeed(WORK).stream(0, pinned=True)
+    with torch_settings(None), segments.open_segment(config_of(WORK), model_of(WORK), None) as segment:
+
+        def step(*, spoil: bool = False) -> None:
+            _, (batch,) = next(feed)
+            if spoil:
+                batch.latents.fill_(float("nan"))
+            segment.trainables.set_learning_rate(1e-4)
+            segment.forward_backward(batch)
+            segment.update()
+
+        for _ in range(3):
+            step()
+        before = {name: tensor.clone() for name, tensor in segment.live().items()}
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step(spoil=True)
+            snapshot = segment.snapshot()
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert segment.update.result[2] == 0
+        snapshot.wait()
+        for name in ("masters", "optimizer.exp_avg", "optimizer.exp_avg_sq", "optimizer.steps"):
+            # The snapshot is of the moment it was taken, though later steps were under way before it had arrived.
+            assert torch.equal(snapshot.copies[name], before[name].cpu()), name
+            assert not torch.equal(segment.live()[name], before[name]), name
+        assert snapshot.copies["scaler.scale"] == before["scaler.scale"].cpu() / 2
+
+
+def test_a_segment_goes_on_from_a_snapshot_bit_by_bit():
+    model = model_of(WORK)
+    config = config_of(WORK, deterministic=True)
+    batches = [
+        next(iter(update)) for _, update in (next(RandomFeed(WORK).stream(0, pinned=True)) for _ in range(1))
+    ] * 8
+
+    def train(segment: segments.Segment, part: list) -> None:
+        for batch in part:
+            segment.trainables.set_learning_rate(1e-3)
+            segment.forward_backward(batch)
+            segment.update()
+
+    with torch_settings(None):
+        with segments.open_segment(config, model, None) as segment:
+            train(segment, batches[:4])
+            state = segment.snapshot().named()
+            train(segment, batches[4:])
+            expected = segment.trainables.masters.clone()
+        with segments.open_segment(config, model, state) as segment:
+            train(segment, batches[4:])
+            assert torch.equal(segment.trainables.masters, expected)

@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from lora_trainer.adapters import writer
+from lora_trainer import files
 from lora_trainer.adapters.hashes import checkpoint_hashes, model_hash
 from lora_trainer.adapters.inspect import describe
 from lora_trainer.adapters.load import match, read_lora
@@ -25,8 +25,9 @@ from lora_trainer.adapters.metadata import BaseFacts, DataFacts, RunFacts, build
 from lora_trainer.adapters.naming import Factors, kohya_name, to_diffusers, to_kohya
 from lora_trainer.adapters.save import assemble
 from lora_trainer.adapters.targets import select
-from lora_trainer.adapters.writer import publish, serialize
+from lora_trainer.adapters.writer import serialize
 from lora_trainer.errors import ConfigError, ModelError, OutputError
+from lora_trainer.files import publish
 
 ROOT = Path(__file__).parents[2]
 
@@ -109,7 +110,7 @@ def test_a_failed_publish_changes_nothing(tmp_path, monkeypatch, step, number, w
     def fail(*args):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(writer.os, step, fail)
+    monkeypatch.setattr(files.os, step, fail)
     with pytest.raises(OutputError, match=words) as caught:
         publish(b"new", target)
     assert "\n" not in str(caught.value)

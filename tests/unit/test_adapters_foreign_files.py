@@ -11,6 +11,8 @@ from lora_trainer.adapters.inspect import describe
 from lora_trainer.adapters.load import read_lora
 from lora_trainer.adapters.writer import serialize
 from lora_trainer.errors import ModelError
+from lora_trainer.models.checkpoint import read_shapes
+from lora_trainer.models.families import detect
 
 DOWN, UP = torch.ones(4, 6), torch.ones(5, 4)
 
@@ -94,3 +96,40 @@ def test_a_file_that_names_no_base_model_tells_it_by_its_sizes(target, width, fa
 def test_a_header_that_is_not_an_object_is_refused(target, header):
     target.write_bytes(len(header).to_bytes(8, "little") + header)
     assert "not a .safetensors file" in refused(target)
+
+
+def test_an_alpha_that_no_float_can_hold_is_refused(target):
+    text = '{"unet.use_rslora": true, "unet.lora_alpha": 1' + "0" * 400 + "}"
+    assert "expected a number as alpha of x" in refused(put(target, pair("unet.x"), {"lora_adapter_metadata": text}))
+
+
+def test_norms_beyond_any_float_are_named_not_raised(target):
+    report = describe(put(target, pair("unet.x", down=torch.full((4, 6), 1e200, dtype=torch.float64))))
+    assert set(report.norms.values()) == {None}
+
+
+def test_a_block_of_thousands_of_digits_and_escapes_stays_readable(target):
+    name = "lora_unet_down_blocks_" + "9" * 5000
+    kohya = {f"{name}.lora_down.weight": DOWN, f"{name}.lora_up.weight": torch.zeros(5, 4)}
+    report = describe(put(target, kohya, {"ss_sd_model_name": "\x1b[2Jgone\nalpha: 1"}))
+    assert all("\x1b" not in line and "\n" not in line and len(line) < 2100 for line in report.lines())
+
+
+@pytest.mark.parametrize("entry", ["1", "{}", '{"dtype": "F32", "shape": "ab"}', '{"dtype": "F32", "shape": [-1]}'])
+def test_entries_of_a_header_that_are_no_tensors(target, entry):
+    header = f'{{"model.diffusion_model.input_blocks.0.0.weight": {entry}}}'.encode()
+    target.write_bytes(len(header).to_bytes(8, "little") + header)
+    assert "no dtype and shape" in refused(target)
+    with pytest.raises(ModelError, match="no dtype and shape"):
+        read_shapes(target)
+
+
+def test_a_checkpoint_without_its_first_convolution_is_named():
+    needed = {
+        "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": (320, 768),
+        "first_stage_model.decoder.conv_in.weight": (512, 4, 3, 3),
+        "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight": (49408, 768),
+    }
+    for shape in ((), (7,), (320, 4)):
+        with pytest.raises(ModelError, match="first convolution"):
+            detect(needed | {"model.diffusion_model.input_blocks.0.0.weight": shape}, "x.safetensors")

@@ -10,14 +10,15 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from lora_trainer.adapters import writer
+from lora_trainer import files
 from lora_trainer.adapters.inspect import describe
 from lora_trainer.adapters.load import match, read_lora
 from lora_trainer.adapters.metadata import BaseFacts, DataFacts, build_metadata
 from lora_trainer.adapters.naming import Factors, to_diffusers, to_kohya
 from lora_trainer.adapters.save import assemble
-from lora_trainer.adapters.writer import publish, serialize
+from lora_trainer.adapters.writer import serialize
 from lora_trainer.errors import ModelError, OutputError
+from lora_trainer.files import publish
 from tests.unit.test_adapters import factors, facts
 
 RANK, ALPHA = 4, 2.0
@@ -51,7 +52,7 @@ def test_an_interrupted_publish_leaves_nothing(target, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(writer.os, "fsync", interrupt)
+    monkeypatch.setattr(files.os, "fsync", interrupt)
     with pytest.raises(KeyboardInterrupt):
         publish(b"new", target)
     assert [path.read_bytes() for path in target.parent.iterdir()] == [b"old"]

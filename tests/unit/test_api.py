@@ -57,7 +57,16 @@ class FakeJobs:
         return self.known[id]
 
     def stop(self, id: str) -> FakeJob:
-        self.known[id] = dataclasses.replace(self.job(id), state="stopped")
+        return self._become(id, "stopped")
+
+    def pause(self, id: str) -> FakeJob:
+        return self._become(id, "paused")
+
+    def go_on(self, id: str) -> FakeJob:
+        return self._become(id, "training")
+
+    def _become(self, id: str, state: str) -> FakeJob:
+        self.known[id] = dataclasses.replace(self.job(id), state=state)
         return self.known[id]
 
 

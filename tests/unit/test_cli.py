@@ -185,13 +185,13 @@ def test_a_ckpt_of_plain_tensors_trains_alike(settings, tmp_path, capsys):
 
 
 def test_a_defect_of_ours_is_one_line_and_a_file(settings, monkeypatch, capsys):
-    def broken(*args):
+    def broken(*args, **kwargs):
         raise RuntimeError("boom")
 
     monkeypatch.setattr("lora_trainer.hosts.standalone.train", broken)
     assert main(arguments(settings)) == 1
     err = capsys.readouterr().err
-    assert "failed: RuntimeError: boom (traceback in " in err
+    assert "failed: RuntimeError: boom (details for an issue in " in err
     assert "Traceback" not in err
 
 

@@ -154,7 +154,7 @@ def test_other_bad_files(tmp_path):
     for name, part in {
         "latin.yaml": "UTF-8",
         "bad.json": "line 1",
-        "huge.yaml": "1 MiB",
+        "huge.yaml": "64 KiB",
         "short.safetensors": "truncated",
         "other.safetensors": "no settings in its header",
         "missing.yaml": "no such file",

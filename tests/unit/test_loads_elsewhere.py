@@ -22,10 +22,11 @@ PROMPT = "a picture of nothing"
 RECIPE = Recipe((64, 64), steps=4, guidance=3.0, seed=1)
 
 
-@pytest.fixture
-def lora(settings, capsys) -> dict[str, Path]:
+@pytest.fixture(params=[False, True], ids=["unet", "both networks"])
+def lora(settings, capsys, request) -> dict[str, Path]:
     """A LoRA strong enough to see, in both forms."""
     changes = {"learning_rate": 0.1, "epochs": 8, "lora_dropout": 0, "output_format": "both", "lora_alpha": 3}
+    changes["train_text_encoder"] = request.param
     assert main(["train", *(f"{k}={v}" for k, v in {**settings, **changes}.items()), "--json"]) == 0
     webui, diffusers = json.loads(capsys.readouterr().out)["output"]
     return {"webui": Path(webui), "diffusers": Path(diffusers)}
@@ -48,7 +49,7 @@ def pipeline(model) -> StableDiffusionPipeline:
 
 @pytest.mark.skipif(not USE_PEFT_BACKEND, reason="these diffusers and transformers have no PEFT backend")
 @pytest.mark.parametrize("form", ["webui", "diffusers"])
-def test_diffusers_draws_the_same_picture(settings, lora, form, caplog):
+def test_diffusers_draws_the_same_picture(settings, lora, form, caplog, request):
     base, precision = Path(settings["base_model"]), Precision(CPU, torch.float32)
     mine = open_model(base, CPU)
     plain = denoise(mine, PROMPT, RECIPE, precision)
@@ -60,7 +61,8 @@ def test_diffusers_draws_the_same_picture(settings, lora, form, caplog):
     pipe.set_progress_bar_config(disable=True)
     pipe.load_lora_weights(str(lora[form].parent), weight_name=lora[form].name)
     assert not any("unexpected keys" in record.message for record in caplog.records)
-    assert len([module for module in theirs.unet.modules() if hasattr(module, "lora_A")]) == 48
+    found = [len([m for m in net.modules() if hasattr(m, "lora_A")]) for net in (theirs.unet, theirs.text.module)]
+    assert found == [48, 6 if "both" in request.node.name else 0]
     latents = pipe(
         PROMPT,
         width=64,

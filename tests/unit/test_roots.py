@@ -181,3 +181,22 @@ def test_settings_keep_what_names_no_path(root: Path) -> None:
 def test_every_setting_that_names_a_path_is_checked() -> None:
     # base_model is not among them: the WebUI trains on the checkpoint it has loaded.
     assert [key for key in options() if key.endswith(("_dir", "_path"))] == list(PATH_KEYS)
+
+
+@pytest.mark.parametrize(
+    "step",
+    ["%2e%2e", ".%2E", "%252e%252e", "．．", "‥", "..%2fsecret", "%c0%ae%c0%ae", "a%00", "%2525252525252e", "cats."],
+)
+def test_what_another_program_would_read_as_a_way_out(root: Path, step: str) -> None:
+    refused(Roots([root], True), f"{root}/{step}")
+
+
+@pytest.mark.parametrize("name", ["100%25 cats", "猫／犬", "50% off", "①"])
+def test_names_that_only_look_encoded_are_fine(root: Path, name: str) -> None:
+    assert Roots([root], True).check("train_data_dir", str(root / name)) == root.resolve() / name
+
+
+@pytest.mark.parametrize("enforced", [True, False])
+def test_an_over_long_path_is_refused_at_once(root: Path, enforced: bool) -> None:
+    with pytest.raises(ConfigError, match="at most 4,096 characters"):
+        Roots([root], enforced).check("train_data_dir", f"{root}/" + "a/" * 500_000)

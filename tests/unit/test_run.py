@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_trainer.adapters import writer
+from lora_trainer import files
 from lora_trainer.adapters.load import read_lora
 from lora_trainer.cli import main
 from lora_trainer.config import build
@@ -21,13 +21,14 @@ from lora_trainer.events import Finished, Notice, Saved, Started, StepDone, Vali
 from lora_trainer.hosts.ports import Host
 from lora_trainer.hosts.standalone import AloneLease, FileModels, FolderStore
 from lora_trainer.training import objectives, results
+from lora_trainer.training.control import StopOnly
 from lora_trainer.training.results import DivergedError
 from lora_trainer.training.run import run
 
 ROOT = Path(__file__).parents[2]
 
 
-def train(settings, *, lease=None, stop=lambda: False, models=None, **changes):
+def train(settings, *, lease=None, stop=lambda: False, models=None, resumes=False, **changes):
     """(events, bytes of the published file or None) of a run."""
     config = build(settings, changes)
     events: list = []
@@ -36,7 +37,7 @@ def train(settings, *, lease=None, stop=lambda: False, models=None, **changes):
         lease or AloneLease(),
         FolderStore(Path(config.output_dir), overwrite=True),
     )
-    finished = run(config, host, events.append, clock=lambda: 1.7e9, stop=stop)
+    finished = run(config, host, events.append, clock=lambda: 1.7e9, control=StopOnly(stop), resumes=resumes)
     assert finished == of(events, Finished)[-1]
     return events, Path(finished.output[0]).read_bytes() if finished.output else None
 
@@ -209,7 +210,7 @@ def test_a_full_disk_leaves_nothing_half_written(settings, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writer.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(OutputError, match=r"tiny\.safetensors: not written: the disk is full"):
         train(settings)
     assert list(Path(settings["output_dir"]).rglob("*")) == []

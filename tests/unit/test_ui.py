@@ -44,6 +44,7 @@ IDLE = {
     "log": (),
     "output": (),
     "error": None,
+    "details": None,
     "settings": {},
 }
 HALFWAY = {
@@ -72,7 +73,15 @@ def job(**changes: object) -> SimpleNamespace:
 
 class FakeJobs:
     def __init__(self, *jobs: SimpleNamespace) -> None:
-        self.list, self.stopped = list(jobs), []
+        self.list, self.stopped, self.paused, self.continued = list(jobs), [], [], []
+
+    def pause(self, id: str) -> None:
+        self.paused.append(id)
+        self.job(id).state = "paused"
+
+    def go_on(self, id: str) -> None:
+        self.continued.append(id)
+        self.job(id).state = "queued"
 
     def jobs(self) -> list[SimpleNamespace]:
         return self.list
@@ -167,7 +176,15 @@ def test_every_option_is_shown_once_or_hidden_for_a_reason():
     assert len(shown) == len(set(shown))
     assert set(shown).isdisjoint(fields.HIDDEN)
     assert set(shown) | set(fields.HIDDEN) == set(options())
-    assert set(fields.HIDDEN) == {"base_model", "output_dir", "device", "cpu_threads", "trial", "enable_xformers"}
+    assert set(fields.HIDDEN) == {
+        "base_model",
+        "output_dir",
+        "cache_dir",
+        "device",
+        "cpu_threads",
+        "trial",
+        "enable_xformers",
+    }
     assert list(fields.groups()) == list(GROUPS)
 
 
@@ -428,6 +445,37 @@ def test_a_job_told_to_stop_says_so_until_it_ended():
     assert "before the first step" in page(host, handlers.look("j0", ""))["panel"]
 
 
+def test_one_button_pauses_and_goes_on():
+    running = job(**HALFWAY)
+    host = FakeHost(FakeJobs(running, job(id="f", state="failed"), job(id="d", state="done")))
+    handlers = Handlers(host, changes)
+    assert page(host, handlers.look("", ""))["pause"] == {"value": "Pause", "interactive": True}
+    assert page(host, handlers.pause("", ""))["pause"] == {"value": "Continue", "interactive": True}
+    assert page(host, handlers.pause("", ""))["pause"] == {"value": "Pause", "interactive": True}
+    assert page(host, handlers.look("f", ""))["pause"] == {"value": "Continue", "interactive": True}
+    assert page(host, handlers.look("d", ""))["pause"] == {"value": "Pause", "interactive": False}
+    handlers.pause("f", "")
+    handlers.pause("d", "")
+    assert (host.jobs.paused, host.jobs.continued) == (["j1"], ["j1", "f"])
+    Handlers(FakeHost(), changes).pause("", "")
+
+
+def test_a_paused_job_offers_the_lora_as_it_is_now():
+    paused = job(**HALFWAY | {"state": "paused", "output": ("a-1.safetensors", "a-2.safetensors")})
+    host = FakeHost(FakeJobs(paused))
+    shown = page(host, Handlers(host, changes).look("", ""))
+    assert shown["result"] == {"visible": True}
+    assert "a-2.safetensors" in shown["file"]["value"]
+
+
+def test_a_failure_has_details_to_paste():
+    host = FakeHost(FakeJobs(job(state="failed", error="the disk is full", details=f"LoRA Trainer 1 {EVIL}")))
+    panel = page(host, Handlers(host, changes).look("", ""))["panel"]
+    assert "Details for an issue" in panel
+    assert "LoRA Trainer 1" in panel
+    assert EVIL not in panel
+
+
 def test_every_answer_carries_its_own_time(tmp_path: Path):
     host = FakeHost(folder=tmp_path / "new")
     handlers = Handlers(host, changes)
@@ -515,3 +563,10 @@ def test_the_page_and_its_script_agree_on_ids():
         == set(re.findall(r"data-lora-trainer-\w+", script))
         == {"data-lora-trainer-stop", "data-lora-trainer-show"}
     )
+
+
+def test_a_thousand_files_left_out_are_not_all_listed():
+    html = live.note("1 picture received.", ["<b>"] * 1500)
+    assert html.count("<li>") == live.LOG_LINES + 1
+    assert "and 1,300 more" in html
+    assert "1500 left out" in html

@@ -156,3 +156,21 @@ def test_a_link_in_a_zip_becomes_a_plain_file(sent: Path, target: Path):
     receive([plain(sent, "set.zip", buffer.getvalue())], target)
     assert not (target / "a.png").is_symlink()
     assert (target / "a.png").read_bytes() == b"/etc/passwd"
+
+
+def test_a_zip_entry_without_a_name_is_one_line(sent: Path, target: Path):
+    upload = packed(sent / "set.zip", {"x": b""})
+    raw = upload.path.read_bytes()
+    nameless = raw.replace(b"x", b"").replace(b"\1\0\0\0", b"\0\0\0\0")
+    for content in (nameless, raw.replace(b"\1\0\0\0", b"\0\0\0\0")):
+        upload.path.write_bytes(content)
+        target.mkdir(exist_ok=True)
+        with pytest.raises(DataError, match="^(set.zip|upload): "):
+            receive([upload], target)
+        assert not target.exists()
+
+
+def test_long_names_are_cut_in_what_is_said(sent: Path, target: Path):
+    found = receive([packed(sent / "set.zip", {"x" * 60_000: b"", "\x1b[2J.exe": b"", "a.png": b"1"})], target)
+    assert len("".join(found.skipped)) < 600
+    assert not any("\x1b" in line for line in found.skipped)

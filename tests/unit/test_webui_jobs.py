@@ -12,12 +12,15 @@ from unittest.mock import patch
 import pytest
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from lora_trainer.config import build
 from lora_trainer.events import Finished, Notice, Progress, Saved, StepDone
+from lora_trainer.training.control import StopOnly
 from tests.fake_webui.loras import add_lora
 
 STYLE = "a cat <lora:style:0.7>"
+RUNS = itertools.count(1)
 
 
 @pytest.fixture
@@ -45,6 +48,8 @@ def train(ui, settings, *, at=None, stop=lambda: False, **changes) -> list:
     "image" is encoded, and at the end of each "step"."""
     from lora_trainer.training.step import Update
 
+    # Each job has a folder of its own, else one would go on with the one before.
+    run = Path(settings["output_dir"]).parent / str(next(RUNS))
     events: list = []
     update, steps = Update.__call__, itertools.count(1)
 
@@ -59,7 +64,7 @@ def train(ui, settings, *, at=None, stop=lambda: False, **changes) -> list:
             at("step", next(steps))
 
     with patch.object(Update, "__call__", watched):
-        finished = ui.host("train").train(build(settings, changes), sink, stop)
+        finished = ui.host("train").train(build(settings, {"output_dir": str(run)}, changes), sink, StopOnly(stop))
     assert finished == events[-1]
     assert not ui.lock._lock.locked()
     return events
@@ -116,7 +121,7 @@ def test_a_finished_job(ui, webui_settings):
         "tiny.safetensors",
     ]
     run = Path(webui_settings["output_dir"])
-    assert sorted(p.name for p in run.iterdir()) == ["logs", "tiny-step00000002.safetensors", "tiny.yaml"]
+    assert sorted(p.name for p in run.iterdir()) == ["logs", "state", "tiny-step00000002.safetensors", "tiny.yaml"]
     assert json.loads((ui.loras / "tiny.json").read_text(encoding="utf-8"))["activation text"] == "tiny thing"
     assert any("192 of 192 modules" in notice.text for notice in of(events, Notice))
     with safe_open(ui.loras / "tiny.safetensors", "pt") as file:
@@ -309,3 +314,32 @@ def test_previews_are_the_users_own_pictures_from_the_file(ui, webui_settings):
         name for name in (*ui.networks.available_networks, *ui.networks.networks_in_memory) if "preview" in name
     ]
     assert losses(events) == losses(train(ui, webui_settings, seed=5))
+
+
+@pytest.mark.parametrize("syntax", ["literal", "webui"])
+def test_a_trained_text_encoder_is_given_back_as_it_was(ui, webui_settings, syntax):
+    def made() -> list:
+        """The host's modules, with what hangs on each."""
+        return [(type(m), sorted(vars(m)), [*m._forward_hooks], [*m._backward_hooks]) for m in ui.model.modules()]
+
+    before, picture = ui.digest(), ui.picture()
+    ui.picture(STYLE)
+    as_made = made()
+    text = {"train_text_encoder": True, "text_encoder_lr": 1e-2, "caption_syntax": syntax}
+    sampling = {"sample_prompts": ["a cat"], "sample_every": 2, "sample_steps": 2, "sample_guidance": 4.0}
+    meanwhile = Meanwhile(ui, *[lambda: ui.picture(STYLE)] * 3)
+    events = train(ui, webui_settings, seed=5, at=meanwhile, **text, **sampling)
+    meanwhile.wait()
+    assert ui.digest() == before
+    assert ui.picture() == picture
+    assert any("198 of 198 modules" in notice.text for notice in of(events, Notice))
+    assert made() == as_made
+    assert not any(p.requires_grad or p.grad is not None for p in ui.model.cond_stage_model.parameters())
+    previews = [Image.open(e.path).convert("L").tobytes() for e in of(events, Saved) if e.kind == "sample"]
+    assert previews[-1] == ui.picture("a cat <lora:tiny:1>", seed=5, cfg_scale=4.0)
+    assert losses(events) == losses(train(ui, webui_settings, seed=5, **text))
+    # Without what the text encoder learned the picture is another.
+    lora = load_file(ui.loras / "tiny.safetensors")
+    unet = {name: tensor for name, tensor in lora.items() if not name.startswith("lora_te_")}
+    save_file(unet, ui.loras / "unet.safetensors")
+    assert ui.picture("a cat <lora:unet:1>", seed=5, cfg_scale=4.0) != previews[-1]

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from lora_trainer.config import build
-from lora_trainer.errors import ModelError
+from lora_trainer.errors import DataError, ModelError
 from tests.fake_webui.loras import add_lora
 
 STYLE = "a cat <lora:style:0.7>"
@@ -22,6 +22,10 @@ def ui(fake_webui):
 @pytest.fixture
 def fingerprint(ui):
     return lambda: ui.host("loaded").Fingerprint.of(ui.model)
+
+
+def text_of(ui):
+    return ui.model.cond_stage_model.wrapped.transformer
 
 
 def lent(ui, **settings):
@@ -40,7 +44,7 @@ def test_the_fingerprint_of_an_untouched_model_stays(ui, fingerprint):
 
 def test_the_fingerprint_notices_a_changed_value(ui, fingerprint):
     before = fingerprint()
-    for parameter in ui.model.model.diffusion_model.parameters():
+    for parameter in (*ui.model.model.diffusion_model.parameters(), *text_of(ui).parameters()):
         saved = parameter.detach().clone()
         with torch.no_grad():
             parameter.view(-1)[0] += 1
@@ -51,10 +55,11 @@ def test_the_fingerprint_notices_a_changed_value(ui, fingerprint):
 
 
 def test_the_fingerprint_notices_a_moved_tensor(ui, fingerprint):
-    before = fingerprint()
-    parameter = next(ui.model.model.diffusion_model.parameters())
-    parameter.data = parameter.data.clone()
-    assert fingerprint() != before
+    for network in (ui.model.model.diffusion_model, text_of(ui)):
+        before = fingerprint()
+        parameter = next(network.parameters())
+        parameter.data = parameter.data.clone()
+        assert fingerprint() != before
 
 
 def test_the_fingerprint_notices_another_checkpoint_in_the_same_tensors(ui, fingerprint):
@@ -175,6 +180,34 @@ def test_captions_are_literal_or_prompts(ui):
         assert prompt.text.embed("a BREAK dog").shape[1] == 154
         assert literal.text.embed("a BREAK dog").shape[1] == 77
         assert not torch.equal(literal.text.embed("a (cat:1.5)"), prompt.text.embed("a (cat:1.5)"))
+
+
+def test_a_trained_encoder_reads_captions_as_the_webui_does(ui):
+    from lora_trainer.training.segment import open_segment
+
+    captions = ("a (cat:1.5), (sitting:0.7) BREAK dog", "cat " * 80 + "(dog:1.3)")
+    text = {"caption_syntax": "webui", "train_text_encoder": True, "mixed_precision": "no"}
+    for emphasis in ("Original", "No norm", "Ignore", "None"):
+        ui("shared").opts.emphasis = emphasis
+        models = lent(ui, **text)
+        with models.borrow() as model, open_segment(models.config, model, None) as segment:
+            for caption in captions:
+                told = {name: tensor[None] for name, tensor in model.text.tokens(caption).items()}
+                got = segment.network.encode(told["ids"], told["emphasis"])
+                torch.testing.assert_close(got, ui.model.cond_stage_model([caption]), rtol=0, atol=1e-5)
+
+
+def test_an_embedding_in_a_caption_is_refused_where_the_encoder_is_trained(ui, monkeypatch):
+    from types import SimpleNamespace
+
+    database = ui("sd_hijack").model_hijack.embedding_db
+    found = (SimpleNamespace(name="inky", vectors=1), 1)
+    monkeypatch.setattr(database, "find_embedding_at_position", lambda tokens, at: found if at == 1 else (None, None))
+    with (
+        lent(ui, caption_syntax="webui").borrow() as model,
+        pytest.raises(DataError, match=r"train_text_encoder: .*'a cat'.*'inky'"),
+    ):
+        model.text.tokens("a cat")
 
 
 def test_with_medvram_the_parts_are_on_the_device_while_lent_and_not_afterwards(ui, monkeypatch):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from lora_trainer.adapters import writer
+from lora_trainer import files
 from lora_trainer.config import build
 from lora_trainer.errors import ConfigError, OutputError
 from tests.fake_webui.loras import LAYERS, add_lora, lora_bytes
@@ -55,38 +55,37 @@ def names(folder: Path) -> list[str]:
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_names_that_prompts_give_another_meaning_are_refused(store, name, overwrite):
     with pytest.raises(ConfigError, match="output_name"):
-        store(overwrite).claim(name)
+        store(overwrite).free(name)
 
 
-def test_a_free_name_is_kept_and_a_taken_one_numbered(store, own):
-    assert store().claim("style") == "style"
+def test_a_name_is_taken_in_any_case(store, own):
+    assert store().free("style")
     own("style")
-    assert store().claim("style") == "style-2"
-    assert store().claim("STYLE") == "STYLE-2"
-    own("style-2")
-    assert store().claim("style") == "style-3"
-    assert store(overwrite=True).claim("style") == "style"
+    assert not store().free("style")
+    assert not store().free("STYLE")
+    assert store().free("style-2")
+    assert store(overwrite=True).free("style")
 
 
 def test_names_are_taken_in_subfolders_too(store, own):
     own("people/style")
-    assert store().claim("style") == "style-2"
+    assert not store().free("style")
 
 
 def test_names_that_files_give_themselves_are_taken(store, own):
     own("renamed", ss_output_name="style")
-    assert store().claim("style") == "style-2"
+    assert not store().free("style")
 
 
 def test_an_alias_of_two_files_is_taken(store, own):
     own("one", ss_output_name="Style")
     own("two", ss_output_name="Style")
-    assert store().claim("style") == "style-2"
+    assert not store().free("style")
 
 
 def test_a_file_that_the_webui_has_not_seen_yet_is_not_overwritten(store, fake_webui):
     add_lora(fake_webui.loras, "style")
-    assert store().claim("style") == "style-2"
+    assert not store().free("style")
 
 
 def test_only_the_finished_lora_is_published(store, fake_webui, folder):
@@ -167,7 +166,7 @@ def test_a_file_in_use_is_not_replaced_but_the_new_one_gets_another_name(store, 
             raise PermissionError(13, "Access is denied")
         replace(source, target)
 
-    monkeypatch.setattr(writer.os, "replace", locked)
+    monkeypatch.setattr(files.os, "replace", locked)
     published = store(overwrite=True).publish("style.safetensors", lora_bytes(seed=2), final=True)
     assert published == fake_webui.loras / "style-3.safetensors"
     assert (path.read_bytes(), published.read_bytes()) == (lora_bytes(seed=1), lora_bytes(seed=2))
@@ -184,7 +183,7 @@ def test_a_folder_that_cannot_be_written_is_an_error(store, fake_webui, folder, 
             raise PermissionError(13, "Access is denied")
         replace(source, target)
 
-    monkeypatch.setattr(writer.os, "replace", locked)
+    monkeypatch.setattr(files.os, "replace", locked)
     with pytest.raises(OutputError, match="not written"):
         store().publish("style.safetensors", lora_bytes(), final=True)
     assert names(fake_webui.loras) == []
@@ -199,12 +198,12 @@ def test_without_the_lora_extension_files_are_published_unchecked(webui_checkpoi
     with installed(tmp_path / "webui", lora=False) as ui:
         assert "networks" not in sys.modules
         made = ui.host("store").LoraFolder(tmp_path / "run", False, lambda event: None)
-        assert made.claim("style") == "style"
+        assert made.free("style")
         assert made.publish("style.safetensors", b"data", final=True) == ui.loras / "style.safetensors"
-        assert made.claim("style") == "style-2"
+        assert not made.free("style")
         assert ui.host("merged").unmerge(ui.model) is False
         with pytest.raises(ConfigError):
-            made.claim("none")
+            made.free("none")
 
 
 def test_the_card_is_written_once_and_the_users_edits_stay(fake_webui, folder, pictures):

@@ -84,6 +84,10 @@ class WebUI:
         self.process.kill()
         self.process.wait()
 
+    def ended(self, timeout: float = 60) -> int:
+        """Its exit code, once it has ended by itself."""
+        return self.process.wait(timeout)
+
     def log(self) -> str:
         return (self.data / "webui.log").read_text(errors="replace")
 
@@ -110,6 +114,17 @@ class WebUI:
 
     def job(self, id: str) -> dict[str, Any]:
         return self.get(f"/lora-trainer/v1/jobs/{id}")
+
+    def ask(self, id: str, what: str) -> dict[str, Any]:
+        """stop, pause or continue."""
+        return self.post(f"/lora-trainer/v1/jobs/{id}/{what}")
+
+    def until_state(self, id: str, state: str, timeout: float = 60) -> dict[str, Any]:
+        deadline = time.monotonic() + timeout
+        while (job := self.job(id))["state"] != state:
+            assert time.monotonic() < deadline, job
+            time.sleep(0.05)
+        return job
 
     def until(self, id: str, *, step: int | None = None, timeout: float = 120) -> dict[str, Any]:
         """The job once it has ended, or reached `step`."""

@@ -37,8 +37,8 @@ with queue_lock:
     }
 """
 
-# The UNet with a LoRA, through the WebUI's loader and through the trainer: how far they are from each other, and the
-# base from both.
+# Text encoder and UNet with a LoRA, through the WebUI's loader and through the trainer: how far they are from each
+# other, and the base from both.
 APPLIED = """
 import sys
 import torch
@@ -55,20 +55,23 @@ with queue_lock, torch.no_grad():
     unmerge(sd_model)
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(2, 4, 16, 16, generator=generator)
-    context = sd_model.cond_stage_model(["noto emoji of red apple", "twemoji emoji of taco"])
+    prompts = ["noto emoji of red apple", "twemoji emoji of taco"]
     t = torch.tensor([100, 700])
-    unet = sd_model.model.diffusion_model
-    base = unet(x, t, context=context)
+    unet, encoder = sd_model.model.diffusion_model, sd_model.cond_stage_model
+    plain = encoder(prompts)
+    base = unet(x, t, context=plain)
     networks.load_networks([NAME], [1.0], [1.0], [None])
+    context = encoder(prompts)
     theirs = unet(x, t, context=context)
     unmerge(sd_model)
-    restored = unet(x, t, context=context)
+    restored = unet(x, t, context=encoder(prompts))
     model = view_of(sd_model, build({"base_model": "x", "train_data_dir": "y"}))
     apply_lora(model, Path(networks.available_networks[NAME].filename))
-    ours = model.unet(x, t, encoder_hidden_states=context).sample
+    ours = model.unet(x, t, encoder_hidden_states=torch.cat([model.text.embed(p) for p in prompts])).sample
     result = {
         "apart": (ours - theirs).abs().max().item(),
         "effect": (theirs - base).abs().max().item(),
+        "effect on the text": (context - plain).abs().max().item(),
         "restored": torch.equal(base, restored),
     }
 """

@@ -84,8 +84,24 @@ def test_it_really_applies(webui, trained):
     print(seen)
     assert seen["apart"] < 1e-4
     assert seen["effect"] > 10 * 1e-4
+    assert seen["effect on the text"] == 0
     assert seen["restored"]
     assert webui.picture(f"noto emoji of red apple {LORA}") != webui.picture("noto emoji of red apple")
+
+
+def test_a_trained_text_encoder_applies_too_and_is_given_back(webui):
+    before = webui.run(DIGEST)
+    job = webui.submit(output_name="words", max_train_steps=12, learning_rate=1e-3, train_text_encoder=True)
+    job = webui.until(job["id"])
+    assert job["state"] == "done", job["error"]
+    # The demo's text encoder has three layers.
+    assert any("210 of 210 modules" in line for line in job["log"])
+    assert webui.run(DIGEST) == before
+    seen = webui.run(applied("words"))
+    print(seen)
+    assert seen["apart"] < 1e-4
+    assert seen["effect on the text"] > 10 * 1e-4
+    assert seen["restored"]
 
 
 def test_a_preview_is_the_users_own_txt2img_from_the_saved_file(webui, trained):

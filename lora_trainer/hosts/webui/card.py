@@ -6,10 +6,10 @@ import io
 import json
 from pathlib import Path
 
-from lora_trainer.adapters.writer import publish
 from lora_trainer.config import Config
 from lora_trainer.dataset.images import ImageError, load_image
 from lora_trainer.dataset.items import IMAGE_SUFFIXES
+from lora_trainer.files import publish
 
 PREFERRED_WEIGHT, SIDE = 0.8, 512
 PICTURES = (".png", ".preview.png", ".jpg", ".preview.jpg", ".webp", ".preview.webp")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from lora_trainer.api import mount
 from lora_trainer.config import Config, build, output_name_of
 from lora_trainer.errors import DataError
 from lora_trainer.events import EventSink, Finished
+from lora_trainer.hosts.ports import Control
 from lora_trainer.hosts.roots import Roots
 from lora_trainer.hosts.webui.interrupt import watch_reloads
 from lora_trainer.hosts.webui.merged import make_known
@@ -57,7 +58,11 @@ class Extension:
         if checkpoint is None and "base_model" not in given:
             raise DataError("no checkpoint is loaded; choose one at the top of the page, wait, and train again")
         run = self.home / "runs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
-        known = {"base_model": checkpoint.title if checkpoint else "", "output_dir": str(run)}
+        known = {
+            "base_model": checkpoint.title if checkpoint else "",
+            "output_dir": str(run),
+            "cache_dir": str(self.home / "cache"),
+        }
         return self.jobs.submit(build(known, given))
 
     def upload_folder(self) -> Path:
@@ -67,8 +72,14 @@ class Extension:
 
     def prompt(self, job: JobView, weight: float = 0.8) -> str:
         words = str(job.settings.get("trigger_words") or "")
-        name = job.name or output_name_of(build(job.settings))
+        name = self._newest(job) or job.name or output_name_of(build(job.settings))
         return " ".join(filter(None, (words, f"<lora:{name}:{weight:g}>")))
+
+    def _newest(self, job: JobView) -> str | None:
+        """In a pause: the name under which prompts now know the LoRA as it is."""
+        files = [Path(path) for path in job.output[-1:] if path.endswith(".safetensors")]
+        known = job.state == "paused" and bool(files) and files[0].is_file() and make_known(files)
+        return files[0].stem if known else None
 
     def grid(self, job: JobView) -> str | None:
         files = [Path(path) for path in job.output if path.endswith(".safetensors") and Path(path).is_file()]
@@ -90,11 +101,11 @@ class Extension:
         return Roots(folders, enforced=self.non_local)
 
 
-def work(_: str, config: Config, sink: EventSink, stop: Callable[[], bool]) -> Finished:
+def work(_: str, config: Config, sink: EventSink, control: Control) -> Finished:
     # Late, so that start-up does not pay for diffusers and peft.
     from lora_trainer.hosts.webui.train import train
 
-    return train(config, sink, stop)
+    return train(config, sink, control)
 
 
 @cache

@@ -7,23 +7,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from modules import devices, lowvram, sd_models, sd_vae
 
 from lora_trainer.config import Config
 from lora_trainer.errors import ModelError
 from lora_trainer.events import EventSink, Notice
 from lora_trainer.hosts.webui.merged import unmerge
-from lora_trainer.hosts.webui.view import view_of
+from lora_trainer.hosts.webui.view import transformer_of, view_of
+from lora_trainer.models.fingerprint import sampled
 from lora_trainer.models.model import Model
-
-_SAMPLES = 16
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What tells that the loaded model is still the one that was borrowed: its files, the place of each of the UNet's
-    tensors, and a few of their values (a checkpoint of the same sizes is copied into the live module)."""
+    """What tells that the loaded model is still the one that was borrowed: its files, the place of each tensor of the
+    UNet and the text encoder, and a few of their values (a checkpoint of the same sizes is copied into the live
+    module)."""
 
     checkpoint: str
     vae: str | None
@@ -32,13 +31,13 @@ class Fingerprint:
 
     @classmethod
     def of(cls, sd_model: Any) -> Fingerprint:
-        tensors = [parameter.detach() for parameter in sd_model.model.diffusion_model.parameters()]
-        picked = [t.flatten()[:: max(1, t.numel() // _SAMPLES)][:_SAMPLES].float() for t in tensors]
+        modules = (sd_model.model.diffusion_model, transformer_of(sd_model))
+        tensors = [p.detach() for module in modules if module is not None for p in module.parameters()]
         return cls(
             checkpoint=sd_model.sd_checkpoint_info.filename,
             vae=sd_vae.loaded_vae_file,
             places=tuple(t.data_ptr() for t in tensors),
-            values=torch.cat(picked).cpu().numpy().tobytes(),
+            values=sampled(tensors),
         )
 
 

@@ -12,8 +12,8 @@ from typing import Any
 from modules import processing, scripts, sd_models, shared
 from PIL.Image import Image
 
-from lora_trainer.adapters.writer import publish
 from lora_trainer.errors import ModelError
+from lora_trainer.files import publish
 from lora_trainer.hosts.webui.merged import lora_extension, unmerge
 from lora_trainer.sampling import Recipe
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from modules import shared
 
-from lora_trainer.adapters.writer import publish
 from lora_trainer.errors import ConfigError, OutputError
 from lora_trainer.events import EventSink, Notice
+from lora_trainer.files import publish
 from lora_trainer.hosts.webui.merged import lora_extension
 from lora_trainer.models.checkpoint import read_header
 
@@ -27,17 +27,16 @@ class LoraFolder:
     overwrite: bool
     sink: EventSink
 
-    def claim(self, name: str) -> str:
+    def free(self, name: str) -> bool:
         """Names are global: over all subfolders, and the names that files give themselves."""
-        networks = lora_extension()
-        forbidden = {"none", "addams", *(alias.lower() for alias in getattr(networks, "forbidden_network_aliases", ()))}
         if name.lower() in {"none", "addams"}:
             raise ConfigError([f"output_name: the WebUI's prompts give {name!r} another meaning; choose another name"])
         if self.overwrite:
-            return name
+            return True
+        networks = lora_extension()
+        forbidden = {alias.lower() for alias in getattr(networks, "forbidden_network_aliases", ())}
         taken = {entry.lower() for entry in _known(networks)} | forbidden
-        numbered = (name if n == 1 else f"{name}-{n}" for n in itertools.count(1))
-        return next(n for n in numbered if n.lower() not in taken and not (lora_dir() / f"{n}{LORA}").exists())
+        return name.lower() not in taken and not (lora_dir() / f"{name}{LORA}").exists()
 
     def publish(self, file: str, data: bytes, *, final: bool) -> Path:
         """A finished LoRA reaches the Lora folder when the WebUI's own loader knows all of its modules; else it stays

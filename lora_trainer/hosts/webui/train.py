@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from modules import devices, shared
@@ -13,7 +14,7 @@ from modules.call_queue import queue_lock
 
 from lora_trainer.config import Config
 from lora_trainer.events import AnyEvent, EventSink, Finished, Progress, StepDone
-from lora_trainer.hosts.ports import Host
+from lora_trainer.hosts.ports import Control, Host
 from lora_trainer.hosts.webui.card import write_card
 from lora_trainer.hosts.webui.interrupt import interrupted
 from lora_trainer.hosts.webui.lease import QueueLease
@@ -22,19 +23,38 @@ from lora_trainer.hosts.webui.painter import Txt2Img
 from lora_trainer.hosts.webui.store import LoraFolder, lora_dir
 from lora_trainer.logs import CsvLog, TensorBoardLog, fan_out
 from lora_trainer.training.run import run
+from lora_trainer.training.states import FOLDER as STATES
 
 
-def train(config: Config, sink: EventSink, stop: Callable[[], bool]) -> Finished:
-    """Run `config` on the loaded checkpoint. The WebUI's Interrupt, while the training has the GPU, stops it and
-    saves. Raises UserError."""
+@dataclass(frozen=True)
+class Interruptible:
+    """A Control for which the WebUI's Interrupt, while the training has the GPU, is a stop too."""
+
+    asked: Control
+    lease: QueueLease
+
+    def stopping(self) -> bool:
+        return self.asked.stopping() or (self.lease.held and interrupted())
+
+    def pausing(self) -> bool:
+        return self.asked.pausing()
+
+    def wait(self) -> None:
+        self.asked.wait()
+
+
+def train(config: Config, sink: EventSink, control: Control) -> Finished:
+    """Run `config` on the loaded checkpoint, from where an earlier process left it. The WebUI's Interrupt, while the
+    training has the GPU, stops it and saves. Raises UserError."""
     folder = Path(config.output_dir)
     kinds = [CsvLog] + ([TensorBoardLog] if config.log_with == "tensorboard" else [])
-    with fan_out(sink, mirror, *(kind(folder / "logs") for kind in kinds)) as events:
+    with fan_out(sink, mirror, *(kind(folder / "logs", True) for kind in kinds)) as events:
         models = LoadedModel(config, events)
         lease = QueueLease(models.still_ours, models.give_back)
         host = Host(models, lease, LoraFolder(folder, config.overwrite, events), Txt2Img(folder, lease.disturb))
         with freed_after_errors():
-            finished = run(config, host, events, stop=lambda: stop() or (lease.held and interrupted()))
+            begun = (folder / STATES).is_dir()
+            finished = run(config, host, events, control=Interruptible(control, lease), resumes=begun)
         for lora in map(Path, finished.output):
             if lora.is_relative_to(lora_dir()):
                 write_card(lora, config, folder)

@@ -12,6 +12,7 @@ from modules import devices, shared
 from torch import Tensor
 
 from lora_trainer.config import Config
+from lora_trainer.errors import DataError
 from lora_trainer.models.bridge import TEXT_PREFIX, text_view, unet_view, vae_view
 from lora_trainer.models.families import detect
 from lora_trainer.models.model import CheckpointHashes, Model, ModelFacts
@@ -28,7 +29,7 @@ def state_of(sd_model: Any) -> dict[str, Tensor]:
     parts = (
         (UNET_PREFIX, sd_model.model.diffusion_model),
         (VAE_PREFIX, sd_model.first_stage_model),
-        (TEXT_PREFIX, _transformer(sd_model)),
+        (TEXT_PREFIX, transformer_of(sd_model)),
     )
     # The WebUI wraps the token embedding to put textual inversions in.
     return {
@@ -71,24 +72,46 @@ def name_of(sd_model: Any) -> str:
 class PromptEncoder(TextEncoder):
     """Captions read as prompts: emphasis, textual inversions and BREAK, by the WebUI's own encoder.
 
-    One caption at a time: the "Original" emphasis normalizes over the whole batch.
+    One caption at a time: the "Original" emphasis normalizes over the whole batch. `emphasis` is the WebUI's setting.
     """
 
-    prompt: Callable[[list[str]], Tensor] | None = None
+    prompt: Any = None
+    emphasis: str = "Original"
 
     def embed(self, caption: str) -> Tensor:
         with torch.no_grad(), devices.autocast():
             return self.prompt([caption])
 
+    def tokens(self, caption: str) -> dict[str, Tensor]:
+        """Raises DataError for a caption with a textual inversion, whose vectors are no token's."""
+        chunks, _ = self.prompt.tokenize_line(caption)
+        names = [fix.embedding.name for chunk in chunks for fix in chunk.fixes]
+        if names:
+            raise DataError(
+                f"train_text_encoder: the caption {caption!r} names the embedding {names[0]!r}, which has no tokens "
+                "to train on; expected captions without embeddings, or caption_syntax literal"
+            )
+        return {
+            "ids": torch.tensor([chunk.tokens for chunk in chunks]),
+            "emphasis": torch.tensor([chunk.multipliers for chunk in chunks]),
+        }
+
+    def weigh(self, embedded: Tensor, weights: Tensor) -> Tensor:
+        if self.emphasis in ("None", "Ignore"):
+            return embedded
+        if self.emphasis == "No norm":
+            return (embedded * weights.unsqueeze(-1)).to(embedded.dtype)
+        return super().weigh(embedded, weights)
+
 
 def _text(sd_model: Any, state: dict[str, Tensor], config: Config) -> TextEncoder:
     encoder = sd_model.cond_stage_model
-    transformer = _transformer(sd_model)
+    transformer = transformer_of(sd_model)
     view = text_view(state, config=transformer.config)
     skip = config.clip_skip or int(shared.opts.CLIP_stop_at_last_layers)
     if config.caption_syntax == "literal":
         return TextEncoder(_literal(encoder), view, skip)
-    return PromptEncoder(_literal(encoder), view, skip, encoder)
+    return PromptEncoder(_literal(encoder), view, skip, encoder, shared.opts.emphasis)
 
 
 def _literal(encoder: Any) -> Callable[[str], Tensor]:
@@ -103,7 +126,8 @@ def _literal(encoder: Any) -> Callable[[str], Tensor]:
     return tokenize
 
 
-def _transformer(sd_model: Any) -> Any:
+def transformer_of(sd_model: Any) -> Any:
+    """SD1's text encoder; None in a model of another family."""
     encoder = getattr(sd_model, "cond_stage_model", None)
     return getattr(getattr(encoder, "wrapped", None), "transformer", None)
 

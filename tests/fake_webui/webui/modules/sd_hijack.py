@@ -2,9 +2,17 @@ import torch
 from modules import sd_hijack_clip
 
 
+class EmbeddingDatabase:
+    """It has none."""
+
+    def find_embedding_at_position(self, tokens, offset):
+        return None, None
+
+
 class StableDiffusionModelHijack:
     fixes = None
     clip = None
+    embedding_db = EmbeddingDatabase()
 
     def hijack(self, m):
         embeddings = m.cond_stage_model.transformer.text_model.embeddings

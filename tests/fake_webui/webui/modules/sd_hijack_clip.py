@@ -1,6 +1,18 @@
+from collections import namedtuple
+
 import torch
 from modules import devices, prompt_parser
 from modules.shared import opts
+
+
+class PromptChunk:
+    def __init__(self):
+        self.tokens = []
+        self.multipliers = []
+        self.fixes = []
+
+
+PromptChunkFix = namedtuple("PromptChunkFix", ["offset", "embedding"])
 
 
 class TextConditionalModel(torch.nn.Module):
@@ -18,24 +30,32 @@ class TextConditionalModel(torch.nn.Module):
         raise NotImplementedError
 
     def tokenize_line(self, line):
-        """Chunks of 77 (token, weight) and how many tokens there are."""
-        parsed = prompt_parser.parse_prompt_attention(line)
-        chunks, chunk = [], []
+        """PromptChunks of 77 tokens, and how many there are."""
+        parsed = [[line, 1.0]] if opts.emphasis == "None" else prompt_parser.parse_prompt_attention(line)
+        chunks = [PromptChunk()]
         for tokens, (text, weight) in zip(self.tokenize([text for text, _ in parsed]), parsed, strict=True):
             if text == "BREAK" and weight == -1:
-                chunks.append(chunk)
-                chunk = []
+                chunks.append(PromptChunk())
                 continue
-            for token in tokens:
-                if len(chunk) == self.chunk_length:
-                    chunks.append(chunk)
-                    chunk = []
-                chunk.append((token, weight))
-        if chunk or not chunks:
-            chunks.append(chunk)
-        end = (self.id_end, 1.0)
-        framed = [[(self.id_start, 1.0), *c, *[end] * (self.chunk_length - len(c) + 1)] for c in chunks]
-        return framed, sum(map(len, chunks))
+            position = 0
+            while position < len(tokens):
+                if len(chunks[-1].tokens) == self.chunk_length:
+                    chunks.append(PromptChunk())
+                chunk = chunks[-1]
+                embedding, length = self.hijack.embedding_db.find_embedding_at_position(tokens, position)
+                if embedding is not None:
+                    chunk.fixes.append(PromptChunkFix(len(chunk.tokens), embedding))
+                chunk.tokens.append(tokens[position] if embedding is None else 0)
+                chunk.multipliers.append(weight)
+                position += length or 1
+        if len(chunks) > 1 and not chunks[-1].tokens:
+            chunks.pop()
+        count = sum(len(chunk.tokens) for chunk in chunks)
+        for chunk in chunks:
+            missing = self.chunk_length - len(chunk.tokens)
+            chunk.tokens = [self.id_start, *chunk.tokens, *[self.id_end] * (missing + 1)]
+            chunk.multipliers = [1.0, *chunk.multipliers, *[1.0] * (missing + 1)]
+        return chunks, count
 
     def forward(self, texts):
         batch = [self.tokenize_line(text)[0] for text in texts]
@@ -44,14 +64,16 @@ class TextConditionalModel(torch.nn.Module):
         batch = [chunks + [empty] * (count - len(chunks)) for chunks in batch]
         parts = [[chunks[i] for chunks in batch] for i in range(count)]
         return torch.hstack(
-            [self.process_tokens(*([[p[k] for p in chunk] for chunk in part] for k in (0, 1))) for part in parts]
+            [self.process_tokens([c.tokens for c in part], [c.multipliers for c in part]) for part in parts]
         )
 
     def process_tokens(self, remade_batch_tokens, batch_multipliers):
         z = self.encode_with_transformers(torch.asarray(remade_batch_tokens).to(devices.device))
-        # Emphasis "Original": the mean over the whole batch stays.
+        if opts.emphasis in ("None", "Ignore"):
+            return z
         weighted = z * torch.asarray(batch_multipliers).unsqueeze(-1)
-        return weighted * (z.mean() / weighted.mean())
+        # Emphasis "Original": the mean over the whole batch stays.
+        return weighted if opts.emphasis == "No norm" else weighted * (z.mean() / weighted.mean())
 
 
 class FrozenCLIPEmbedderWithCustomWordsBase(TextConditionalModel):

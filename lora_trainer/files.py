@@ -1,0 +1,105 @@
+"""Files that are never half there: written aside, flushed, then moved into place."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from lora_trainer.errors import OutputError
+
+# What a killed process leaves of a file: .NAME.0123456789abcdef.tmp beside NAME.
+_SUFFIX = ".tmp"
+
+
+def publish(data: bytes | Iterable[bytes | memoryview], target: Path) -> None:
+    """Put `data`, whole or in parts, under `target`: a temporary file in the same folder, flushed, then moved there.
+
+    Raises OutputError; `target` is then as it was and no temporary file is left, nor one of a process that was killed.
+    """
+    sweep(target)
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}{_SUFFIX}")
+    try:
+        make_folder(target.parent)
+        with temporary.open("xb") as file:
+            for part in (data,) if isinstance(data, bytes) else data:
+                _write(file, part)
+            _flush(file)
+        _rename(temporary, target)
+    except OSError as error:
+        raise not_written(target, error) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    _flush_folder(target.parent)
+
+
+def make_folder(folder: Path) -> None:
+    """`folder` and those above it. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def append(file: object, data: bytes, *, durable: bool) -> None:
+    """At the end of an open file; a durable write survives a power cut once this returns. Raises OSError."""
+    _write(file, data)
+    if durable:
+        _flush(file)
+
+
+def remove(path: Path) -> None:
+    """If it can be: a file too many does no harm."""
+    with suppress(OSError):
+        _unlink(path)
+
+
+def sweep(target: Path) -> None:
+    """Remove what killed processes left half-written of `target`."""
+    sweep_folder(target.parent, f"{target.name}.")
+
+
+def sweep_folder(folder: Path, start: str = "") -> None:
+    """Remove what killed processes left half-written in `folder` of files whose names begin with `start`."""
+    with suppress(OSError):
+        for path in folder.iterdir():
+            if path.name.startswith(f".{start}") and path.suffix == _SUFFIX:
+                remove(path)
+
+
+def not_written(target: Path, error: OSError) -> OutputError:
+    """What to tell of a file that could not be written."""
+    full = error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None))
+    reason = "the disk is full" if full else error.strerror or str(error)
+    return OutputError(f"{target}: not written: {reason}")
+
+
+# The operations that reach the disk, one function each, so that tests can fail, kill or record any of them.
+
+
+def _write(file: object, data: bytes | memoryview) -> None:
+    file.write(data)
+
+
+def _flush(file: object) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _rename(source: Path, target: Path) -> None:
+    os.replace(source, target)
+
+
+def _unlink(path: Path) -> None:
+    path.unlink(missing_ok=True)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make new names survive a power cut, where the system can."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

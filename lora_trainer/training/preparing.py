@@ -1,0 +1,69 @@
+"""Pictures and captions encoded once for a run, between which others may have the GPU."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from functools import partial
+
+from lora_trainer.config import Config
+from lora_trainer.dataset.prepare import Encoded
+from lora_trainer.events import EventSink, Notice
+from lora_trainer.hosts.ports import Control, GpuLease
+from lora_trainer.models.model import Model
+from lora_trainer.training import data
+from lora_trainer.training.data import Items, TrainingData
+from lora_trainer.training.fit import Outcome
+from lora_trainer.training.precision import resolve
+
+
+class _Interrupted(Exception):
+    """Encoding ended before all images were encoded."""
+
+    def __init__(self, outcome: Outcome) -> None:
+        super().__init__(outcome)
+        self.outcome = outcome
+
+
+@dataclass
+class Preparing:
+    """What is encoded stays when a segment ends in the middle. `seconds` an image."""
+
+    config: Config
+    items: Items
+    sink: EventSink
+    control: Control
+    seconds: float = 0.0
+    data: TrainingData | None = None
+    _encoded: tuple[Encoded, Encoded] | None = field(default=None, init=False)
+
+    def __call__(self, model: Model, lease: GpuLease) -> Outcome:
+        """DONE once `data` is there, else why not. Raises DataError."""
+        if self.data is not None:
+            return Outcome.DONE
+        if self._encoded is None:
+            self._notices(model)
+        began = time.perf_counter()
+        between = partial(self._between_images, lease)
+        self._encoded = self._encoded or (Encoded(between), Encoded(between))
+        try:
+            self.data = data.load(self.items, self.config, model, sink=self.sink, kept=self._encoded)
+        except _Interrupted as interruption:
+            return interruption.outcome
+        self.seconds = (time.perf_counter() - began) / len(self.items.train + self.items.held_out)
+        return Outcome.DONE
+
+    def _notices(self, model: Model) -> None:
+        notice = resolve(self.config.mixed_precision, model.facts.device)[1]
+        if notice:
+            self.sink(Notice(text=notice))
+        if self.config.enable_xformers:
+            self.sink(Notice(text="enable_xformers: not needed, torch's own attention (SDPA) does the same"))
+
+    def _between_images(self, lease: GpuLease) -> None:
+        if self.control.stopping():
+            raise _Interrupted(Outcome.STOPPED)
+        if self.control.pausing():
+            raise _Interrupted(Outcome.PAUSED)
+        if not lease.hand_over():
+            raise _Interrupted(Outcome.HANDED_OVER)
