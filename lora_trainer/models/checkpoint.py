@@ -131,8 +131,10 @@ def stored_tensors(path: Path, wanted: Callable[[str], bool] = lambda name: True
         with path.open("rb") as file:
             start = 8 + struct.unpack("<Q", file.read(8))[0]
             for name in names:
+                if header[name]["dtype"] not in DTYPES:
+                    raise ModelError(f"{path}: {name!r} holds {header[name]['dtype']} numbers; expected F16 or F32")
                 yield name, _read(file, start, header[name])
-    except (SafetensorError, OSError, EOFError, struct.error, KeyError) as error:
+    except (SafetensorError, OSError, EOFError, struct.error, LookupError, RuntimeError, TypeError) as error:
         raise ModelError(f"{path}: cannot be read, probably a truncated download ({error})") from error
 
 

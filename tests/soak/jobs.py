@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from lora_trainer.config import Config, build
+from lora_trainer.config.schema import PATHS
 from lora_trainer.events import AnyEvent, EventSink, Finished, Progress, Saved
 from lora_trainer.hosts.ports import Control, Host
 from lora_trainer.hosts.standalone import AloneLease, FileModels, FolderStore
@@ -23,8 +24,8 @@ from lora_trainer.logs import CsvLog, TensorBoardLog, fan_out
 from lora_trainer.models.model import Model
 from lora_trainer.training.run import run
 
-# Called with an event of the run and what stops its job.
-Meddle = Callable[[AnyEvent, Callable[[], object]], None]
+# Called with an event of a job's run, its service and its id.
+Meddle = Callable[[AnyEvent, JobService, str], object]
 
 
 class GoneOnce(AloneLease):
@@ -58,21 +59,17 @@ class Short(FileModels):
 class Kind:
     ends: State
     settings: Mapping[str, object] = field(default_factory=dict)
-    meddle: Meddle = lambda event, stop: None
+    meddle: Meddle = lambda event, service, id: None
     models: type[FileModels] = FileModels
     lease: type[AloneLease] = AloneLease
 
 
-def _stop(kind: type[AnyEvent]) -> Meddle:
-    return lambda event, stop: stop() if isinstance(event, kind) else None
+def _when(kind: type[AnyEvent], what: Callable[[JobService, str], object]) -> Meddle:
+    return lambda event, service, id: what(service, id) if isinstance(event, kind) else None
 
 
-def _fail(kind: type[AnyEvent]) -> Meddle:
-    def meddle(event: AnyEvent, _: Callable[[], object]) -> None:
-        if isinstance(event, kind):
-            raise ZeroDivisionError("by the test")
-
-    return meddle
+def _fail(service: JobService, id: str) -> None:
+    raise ZeroDivisionError("by the test")
 
 
 EVERYTHING = {
@@ -80,21 +77,24 @@ EVERYTHING = {
     "validation_split": 0.5,
     "validate_every": 1,
     "save_steps": 1,
+    "checkpoint_every": 1,
+    "cache_dir": "cache",
+    "train_text_encoder": True,
     "output_format": "both",
     "gradient_checkpointing": True,
     "log_with": "tensorboard" if find_spec("tensorboard") else "csv",
     "cpu_threads": 2,
 }
 KINDS = {
-    "plain": Kind("done"),
     "everything": Kind("done", EVERYTHING),
     "drawn": Kind("done", {"sample_prompts": ["a cat"], "sample_every": 1, "sample_steps": 1}),
     "handed-over": Kind("done", lease=GoneOnce),
     "short-of-memory": Kind("done", models=Short),
-    "stopped": Kind("stopped", {"save_steps": 1, "max_train_steps": 99}, _stop(Saved)),
-    "stopped-early": Kind("stopped", {}, _stop(Progress)),
+    "paused": Kind("done", {"save_steps": 1}, _when(Saved, JobService.pause)),
+    "stopped": Kind("stopped", {"save_steps": 1, "max_train_steps": 99}, _when(Saved, JobService.stop)),
+    "stopped-early": Kind("stopped", {}, _when(Progress, JobService.stop)),
     "no-picture": Kind("failed", {"train_data_dir": "broken"}),
-    "raises": Kind("failed", {"save_steps": 1}, _fail(Saved)),
+    "raises": Kind("failed", {"save_steps": 1}, _when(Saved, _fail)),
     "unsaved": Kind("failed", {"output_dir": "occupied"}),
 }
 
@@ -145,7 +145,7 @@ class Bench:
             "target_modules": ["to_q"],
             "cpu_threads": 1,
         } | dict(KINDS[name].settings)
-        return build(given | {key: str(self.folder / given[key]) for key in ("train_data_dir", "output_dir")})
+        return build(given | {key: str(self.folder / given[key]) for key in PATHS if key in given})
 
 
 def work(service: JobService, folder: Path, id: str, config: Config, sink: EventSink, control: Control) -> Finished:
@@ -153,19 +153,23 @@ def work(service: JobService, folder: Path, id: str, config: Config, sink: Event
     kind = KINDS[config.output_name]
 
     def meddle(event: AnyEvent) -> None:
-        kind.meddle(event, lambda: service.stop(id))
+        kind.meddle(event, service, id)
 
-    kinds = [CsvLog] + ([TensorBoardLog] if config.log_with == "tensorboard" else [])
-    with fan_out(sink, meddle, *(log(folder / "logs") for log in kinds)) as events:
-        models = kind.models(Path(config.base_model), torch.device("cpu"), torch.float32)
+    logs = [CsvLog] + ([TensorBoardLog] if config.log_with == "tensorboard" else [])
+    with fan_out(sink, meddle, *(log(folder / "logs") for log in logs)) as events:
+        models = kind.models(
+            Path(config.base_model), torch.device("cpu"), torch.float32, train_text=config.train_text_encoder
+        )
         host = Host(models, kind.lease(), FolderStore(Path(config.output_dir), config.overwrite))
         return run(config, host, events, control=control)
 
 
 def ended(service: JobService, id: str, timeout: float = 60.0) -> State:
-    """How the job ended."""
+    """How the job ended; a pause is no end."""
     deadline = time.monotonic() + timeout
     while service.job(id).state not in ENDED:
         assert time.monotonic() < deadline, service.job(id)
+        if service.job(id).state == "paused":
+            service.go_on(id)
         time.sleep(0.002)
     return service.job(id).state
