@@ -57,9 +57,6 @@ def read_lora(path: Path) -> Lora:
             f"{path}: {len(strange)} of {len(keys)} tensors are of another adapter, such as {strange[0]!r}"
         )
     tensors = dict(stored_tensors(path))
-    foreign = next((key for key, tensor in tensors.items() if tensor.is_complex()), None)
-    if foreign is not None:
-        raise ModelError(f"{path}: {foreign!r} holds complex numbers; expected real ones")
     modules: dict[str, dict[str, Tensor]] = {}
     for key, (name, part) in places.items():
         modules.setdefault(name, {})[part] = tensors[key]

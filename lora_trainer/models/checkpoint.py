@@ -38,7 +38,6 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F32": torch.float32,
     "F64": torch.float64,
-    "C64": torch.complex64,
 }
 
 Shapes = Mapping[str, tuple[int, ...]]
