@@ -13,7 +13,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-from lora_trainer.errors import ConfigError
+from lora_trainer.errors import ConfigError, printable
 from lora_trainer.events import AnyEvent, EventSink, Finished, Notice, Progress, Saved, Started, StepDone, Validated
 
 GIB = 1024**3
@@ -174,8 +174,10 @@ class TerminalLog:
             self._bar = tqdm(total=total, desc=stage, file=self.stream, dynamic_ncols=True)
         return self._bar
 
-    def _say(self, line: str) -> None:
+    def _say(self, text: str) -> None:
         self._printed = self.clock()
+        # Names of files may hold what moves a terminal's cursor.
+        line = "\n".join(map(printable, text.split("\n")))
         if self._bar is not None:
             self._bar.write(line, file=self.stream)
         else:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import yaml
+
+# Far deeper than settings ever go. PyYAML's scanner takes longer for each bracket the more of them are open.
+MAX_DEPTH = 32
 
 
 class YamlProblem(ValueError):
@@ -30,11 +35,24 @@ def parse_yaml(text: str) -> object:
 class _Loader(yaml.SafeLoader):
     """A few references to references can stand for billions of values, so there are none here."""
 
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.depth = 0
+
     def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node:
-        if self.check_event(yaml.AliasEvent):
-            problem = f"expected values, found the reference *{self.peek_event().anchor}"
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=self.peek_event().start_mark)
-        return super().compose_node(parent, index)
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent):
+            self._refuse(f"expected values, found the reference *{event.anchor}", event)
+        if self.depth >= MAX_DEPTH:
+            self._refuse(f"expected values in values at most {MAX_DEPTH} levels deep, found more", event)
+        self.depth += 1
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self.depth -= 1
+
+    def _refuse(self, problem: str, event: yaml.Event) -> NoReturn:
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict:

@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-import yaml
+from lora_trainer.config.yaml_text import YamlProblem, parse_yaml
+from lora_trainer.errors import ModelError, shown
 
-from lora_trainer.errors import ModelError
+T = TypeVar("T", int, float, str)
+
+# The largest of Stability's configs has 5 KB.
+MAX_FILE_BYTES = 256 * 1024
 
 
 @dataclass(frozen=True)
@@ -30,19 +35,39 @@ def read_beside(checkpoint: Path) -> LdmConfig:
     if not path.is_file():
         return LdmConfig()
     try:
-        params = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]["params"]
-        unet = _params(params, "unet_config")
+        params = parse_yaml(_read(path))["model"]["params"]
         return LdmConfig(
-            num_heads=unet.get("num_heads"),
-            scale_factor=params.get("scale_factor"),
-            linear_start=params.get("linear_start"),
-            linear_end=params.get("linear_end"),
-            timesteps=params.get("timesteps"),
-            parameterization=params.get("parameterization"),
+            num_heads=_typed(_params(params, "unet_config"), "num_heads", int),
+            scale_factor=_typed(params, "scale_factor", float),
+            linear_start=_typed(params, "linear_start", float),
+            linear_end=_typed(params, "linear_end", float),
+            timesteps=_typed(params, "timesteps", int),
+            parameterization=_typed(params, "parameterization", str),
             text_folder=_folder(path.parent, _params(params, "cond_stage_config").get("version")),
         )
-    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror}") from None
+    except (YamlProblem, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{path}: expected a Stable Diffusion config with model.params, found: {error!r}") from error
+
+
+def _read(path: Path) -> str:
+    with path.open("rb") as file:
+        data = file.read(MAX_FILE_BYTES + 1)
+    if len(data) > MAX_FILE_BYTES:
+        raise ModelError(f"{path}: expected a config of at most {MAX_FILE_BYTES // 1024} KiB, found more")
+    return data.decode("utf-8")
+
+
+def _typed(params: Mapping, key: str, kind: type[T]) -> T | None:
+    """The value of `key`, or None. Raises TypeError."""
+    value = params.get(key)
+    if kind is float and isinstance(value, int):
+        value = float(value)
+    if value is not None and (type(value) is not kind or (kind is not str and not 0 < value < 1e6)):
+        wanted = "words" if kind is str else "a number above 0"
+        raise TypeError(f"expected {wanted} for {key}, found {shown(value)}")
+    return value
 
 
 def _params(params: Mapping, key: str) -> Mapping:

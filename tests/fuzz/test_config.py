@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from pathlib import Path
 
 import msgspec
 from hypothesis import strategies as st
@@ -11,6 +12,7 @@ from lora_trainer.config import build, output_name_of
 from lora_trainer.config.export import template, to_header, to_yaml
 from lora_trainer.config.options import options
 from lora_trainer.config.sources import HEADER_KEY, parse_overrides, read_file
+from lora_trainer.models.ldm_yaml import read_beside
 from tests.fuzz.harness import fuzz, works_or_refuses
 from tests.fuzz.inputs import FINE, KEYS, SETTINGS, TEXT, VALUES, dumps, file, mutated, pieces
 
@@ -128,3 +130,15 @@ WORD = TEXT | st.tuples(st.sampled_from(["", "--", "---"]), KEYS, st.sampled_fro
 def test_command_line(words):
     with works_or_refuses():
         usable(parse_overrides(words))
+
+
+LDM = ["model:", "params:", "unet_config:", "num_heads: ", "scale_factor: ", "timesteps: ", "version: ", "linear_end: "]
+WORLD = (Path(__file__).parents[2] / "demo" / "emoji-world.yaml").read_bytes()
+CONFIGS = mutated([WORLD], front=2000) | pieces([*LDM, *YAML]).map(str.encode)
+
+
+@fuzz("config", 40, [{"content": b"[" * 10**5}, {"content": b"a" * 10**6}], content=CONFIGS)
+def test_the_config_beside_a_checkpoint(content):
+    path = file("model.yaml", content)
+    with works_or_refuses():
+        read_beside(path.with_suffix(".safetensors"))

@@ -42,6 +42,13 @@ def test_pictures_are_looked_at_where_a_visitor_may(extension, fake_webui, pictu
     assert extension.check({**given, "train_data_dir": str(inside)}).usable == 6
 
 
+def test_an_upload_that_has_no_place_is_refused(extension):
+    extension.home.mkdir(parents=True, exist_ok=True)
+    (extension.home / "uploads").write_text("a file where the folder would be")
+    with pytest.raises(DataError, match="upload: .*cannot be made"):
+        extension.upload_folder()
+
+
 def test_saved_steps_are_compared_where_prompts_can_name_them(extension, fake_webui, tmp_path):
     networks = sys.modules["networks"]
     files = []

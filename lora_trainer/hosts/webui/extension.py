@@ -87,8 +87,12 @@ class Extension:
             self._checking.release()
 
     def upload_folder(self) -> Path:
+        """Raises DataError."""
         folder = self.home / "uploads" / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
-        folder.mkdir(parents=True)
+        try:
+            folder.mkdir(parents=True)
+        except OSError as error:
+            raise DataError(f"upload: {folder}: cannot be made: {error.strerror}") from None
         return folder
 
     def prompt(self, job: JobView, weight: float = 0.8) -> str:
