@@ -1,6 +1,6 @@
 """The product's own step and loop on networks of the real size: time, GPU time and memory.
 
-usage: python -m benchmarks.step [sd15|sdxl] [key=value ...]     keys of `Workload`, and profile=1, deterministic=1
+usage: python -m benchmarks.step [sd15|sdxl] [key=value ...]     keys of `Workload`; profile=1, webui=1, deterministic=1
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from benchmarks.workload import LEARNING_RATE, Workload, samples
 from lora_trainer.config import Config, build
 from lora_trainer.models.model import CheckpointHashes, Model, ModelFacts
 from lora_trainer.models.noise import NoiseSchedule, scaled_linear
+from lora_trainer.models.single_file import is_kernel
 from lora_trainer.models.text import TextEncoder, Tokenizer
 from lora_trainer.training.control import StopOnly
 from lora_trainer.training.fit import Loop, fit
@@ -93,19 +94,25 @@ def config_of(work: Workload, **changes: object) -> Config:
     )
 
 
-def model_of(work: Workload) -> Model:
-    """The random UNet as a run borrows it, and the text encoder where it is trained; nothing here encodes ahead."""
+def model_of(work: Workload, *, webui: bool = False) -> Model:
+    """The random UNet as a run borrows it, and the text encoder where it is trained; nothing here encodes ahead.
+
+    With `webui` its kernels lie as in a WebUI, whose tensors are not ours to lay out anew."""
     device = torch.device(work.device)
     noise = NoiseSchedule(scaled_linear(0.00085, 0.012, 1000).to(device), "epsilon")
     facts = ModelFacts("random", None, device, work.dtype, CheckpointHashes)
     clip = models.text_encoder(device, work.dtype) if work.train_text_encoder else None
     text = clip and TextEncoder(Tokenizer(), clip)
-    return Model(models.unet(work.family, device, work.dtype), text, None, noise, facts)
+    unet = models.unet(work.family, device, work.dtype)
+    if device.type == "cuda" and not webui:
+        for weight in filter(is_kernel, unet.parameters()):
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+    return Model(unet, text, None, noise, facts)
 
 
-def measure(work: Workload, *, profiled: bool = False, **changes: object) -> dict:
+def measure(work: Workload, *, profiled: bool = False, webui: bool = False, **changes: object) -> dict:
     """Step times of the product's loop, of its graphs alone, and peak memory."""
-    model, config, clock = model_of(work), config_of(work, **changes), Clock()
+    model, config, clock = model_of(work, webui=webui), config_of(work, **changes), Clock()
     fresh_memory()
     began = time.perf_counter()
     steps = work.warmup + work.steps
@@ -163,13 +170,14 @@ def main(arguments: list[str]) -> None:
     families = [a for a in arguments if a in get_args(models.Family)]
     given = dict(a.split("=", 1) for a in arguments if "=" in a)
     profiled = given.pop("profile", "0") == "1"
+    webui = given.pop("webui", "0") == "1"
     deterministic = given.pop("deterministic", "0") == "1"
     types = {f.name: type(f.default) for f in fields(Workload)}
     values = {k: v == "1" if types[k] is bool else types[k](v) for k, v in given.items()}
     work = Workload(family=families[0] if families else "sd15", **values)
-    report = measure(work, profiled=profiled, deterministic=deterministic)
+    report = measure(work, profiled=profiled, webui=webui, deterministic=deterministic)
     lines = report.pop("kernels", [])
-    print(json.dumps({"ours": values | {"family": work.family}} | report | machine()), flush=True)
+    print(json.dumps({"ours": values | {"family": work.family, "webui": webui}} | report | machine()), flush=True)
     print("\n".join(lines), flush=True)
 
 

@@ -25,11 +25,20 @@ def place(
 ) -> tuple[Family, dict[str, Tensor]]:
     """The file's family and its state dict, each tensor copied and converted once.
 
-    What is `trained` takes the compute `dtype`; all else stays fp32, since it runs once an image. Raises ModelError.
+    What is `trained` takes the compute `dtype`; all else stays fp32, since it runs once an image. On a GPU the UNet's
+    k×k kernels lie channels-last, as the fast step reads them: these tensors are ours alone. Raises ModelError.
     """
     family = detect(read_shapes(path), str(path))
     state = read_tensors(path, device, lambda name: dtype if name.startswith(trained) else torch.float32)
+    if device.type == "cuda":
+        for name in [name for name, tensor in state.items() if name.startswith(UNET) and is_kernel(tensor)]:
+            state[name] = state[name].contiguous(memory_format=torch.channels_last)
     return family, state
+
+
+def is_kernel(tensor: Tensor) -> bool:
+    """Whether this is the weight of a convolution wider than 1×1, for which the layout matters."""
+    return tensor.dim() == 4 and max(tensor.shape[2:]) > 1
 
 
 def model_of(

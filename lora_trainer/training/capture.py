@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable
 
 import torch
 
-from lora_trainer.training.settings import cudnn_settings
+from lora_trainer.training.settings import fast_or_repeatable
 
 
 class Captures:
@@ -34,7 +34,7 @@ class Captures:
     def run(self, part: Hashable, body: Callable[[], None]) -> None:
         """Do what `body` does, on the same memory as always for this `part`."""
         if part not in self._graphs:
-            with cudnn_settings(deterministic=self.deterministic):
+            with fast_or_repeatable(deterministic=self.deterministic):
                 if not (self.enabled and part in self._warm and self._capture(part, body)):
                     body()
                     self._warm.add(part)

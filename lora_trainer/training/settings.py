@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
+
+# Of cuBLAS (https://docs.nvidia.com/cuda/cublas, "Results reproducibility").
+WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
 
 @contextmanager
@@ -21,12 +25,35 @@ def torch_settings(cpu_threads: int | None) -> Iterator[None]:
 
 
 @contextmanager
-def cudnn_settings(*, deterministic: bool) -> Iterator[None]:
-    """cuDNN's fastest or its repeatable algorithms; restored afterwards, so that others draw as they always do."""
+def fast_or_repeatable(*, deterministic: bool) -> Iterator[None]:
+    """Torch's fastest algorithms, or only those that repeat bit by bit: cuDNN's, and the backward pass of attention,
+    which otherwise adds up in any order. Restored afterwards, so that others draw as they always do.
+
+    An operation that has no repeatable form raises RuntimeError where `deterministic`.
+    """
     cudnn = torch.backends.cudnn
     before = cudnn.benchmark, cudnn.deterministic
     try:
         cudnn.benchmark, cudnn.deterministic = not deterministic, deterministic
-        yield
+        with _repeatable() if deterministic else nullcontext():
+            yield
     finally:
         cudnn.benchmark, cudnn.deterministic = before
+
+
+@contextmanager
+def _repeatable() -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    workspace = os.environ.get(WORKSPACE)
+    try:
+        # Else torch refuses matrix products.
+        os.environ.setdefault(WORKSPACE, ":4096:8")
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.use_deterministic_algorithms(True)
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = filled
+        if workspace is None:
+            os.environ.pop(WORKSPACE, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from lora_trainer.training.optimizers import AdamWSettings, FlatAdamW
 from lora_trainer.training.precision import LossScaler, resolve
 from lora_trainer.training.schedules import learning_rate
+from lora_trainer.training.settings import WORKSPACE, fast_or_repeatable
 from lora_trainer.training.snapshot import Snapshot, restore
 from lora_trainer.training.trainables import Trainables
 
@@ -130,3 +132,24 @@ def test_schedules_are_diffusers(name):
         assert math.isclose(mine, theirs.get_last_lr()[0], abs_tol=1e-9)
         optimizer.step()
         theirs.step()
+
+
+def test_repeatable_algorithms_are_asked_for_only_inside(monkeypatch):
+    monkeypatch.delenv(WORKSPACE, raising=False)
+    before = torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic
+
+    def fail() -> None:
+        with fast_or_repeatable(deterministic=True):
+            assert torch.are_deterministic_algorithms_enabled()
+            assert torch.backends.cudnn.deterministic
+            assert os.environ[WORKSPACE]
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert (torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic) == before
+    assert WORKSPACE not in os.environ
+    with fast_or_repeatable(deterministic=False):
+        assert torch.backends.cudnn.benchmark
+        assert not torch.are_deterministic_algorithms_enabled()
