@@ -55,7 +55,7 @@ def open_book(folder: Path, output: Path | None, *, overwrites: bool) -> tuple[B
     if output is None:
         contents = read_folder(folder)
         _refuse_hidden(folder, contents, overwrites)
-        return Sidecars(folder, contents), contents.notes
+        return Sidecars(folder, contents), _notes(contents)
     _refuse_output(output)
     # A training that finds the table by itself reads those of sub-folders too.
     by_itself = output.parent.resolve() == folder.resolve() and (
@@ -63,7 +63,7 @@ def open_book(folder: Path, output: Path | None, *, overwrites: bool) -> tuple[B
     )
     if by_itself:
         contents = read_folder(folder)
-        return Table(folder, contents, output), contents.notes
+        return Table(folder, contents, output), _notes(contents)
 
     def complain(place: Path, problem: DataError) -> None:
         if place != output or output.exists():
@@ -71,7 +71,7 @@ def open_book(folder: Path, output: Path | None, *, overwrites: bool) -> tuple[B
 
     contents = read_folder(folder, metadata=output, complain=complain)
     note = f"training finds these captions with metadata_path={output}"
-    return Table(folder, contents, output), (*contents.notes, note)
+    return Table(folder, contents, output), (*_notes(contents), note)
 
 
 class Sidecars:
@@ -143,6 +143,12 @@ class Table:
 def _known(contents: Contents) -> dict[Path, str]:
     """Names of files are no captions."""
     return {image: text for image, (text, source) in contents.captions.items() if source != FROM_NAME}
+
+
+def _notes(contents: Contents) -> tuple[str, ...]:
+    """Without the last one where names serve as captions: that is about to change."""
+    by_name = any(source == FROM_NAME for _, source in contents.captions.values())
+    return contents.notes[:-1] if by_name else contents.notes
 
 
 def _refuse_hidden(folder: Path, contents: Contents, overwrites: bool) -> None:

@@ -13,6 +13,7 @@ from lora_trainer.captioning.journal import Journal
 from lora_trainer.captioning.options import CaptionOptions
 from lora_trainer.captioning.rules import compose
 from lora_trainer.captioning.words import Captioner
+from lora_trainer.dataset.captions import MAX_CAPTION
 from lora_trainer.dataset.images import ImageError, load_image
 from lora_trainer.events import EventSink, Notice, Progress
 
@@ -128,6 +129,10 @@ class _Desk:
         caption = compose(self.captioner.caption(picture), before, self.options)
         if not caption:
             self._left(self.result.wordless, name, f"left without a caption: {self.captioner.name} has no words for it")
+        elif len(caption) > MAX_CAPTION:
+            # No training reads such a file again.
+            wrong = f"its caption would have {len(caption):,} characters, expected at most {MAX_CAPTION:,}"
+            self._left(self.result.refused, name, f"left as it is: {wrong}; raise the threshold")
         elif caption == before:
             self.result.kept += 1
         else:

@@ -217,6 +217,19 @@ def test_unreadable_pictures_and_those_without_words_are_named(folder):
     assert "1 could not be read, 1 got no words" in result.summary()
 
 
+def test_a_caption_that_could_not_be_read_again_is_not_written(folder):
+    class Everything(Eye):
+        def caption(self, image: Image.Image) -> Words:
+            return Words(tags=tuple(Tag(f"tag_{n}", 0.4) for n in range(3000)))
+
+    events: list = []
+    result = run(folder, Everything(), CaptionOptions(), sink=events.append)
+    assert (result.written, result.refused) == (0, ["a.png", "b.bmp", "sub/c.png"])
+    # Nothing is said of the file names that a training would use now.
+    assert "raise the threshold" in events[0].text
+    assert not list(folder.rglob("*.txt"))
+
+
 def test_an_interrupted_run_is_taken_up(folder):
     def crash(number: int) -> None:
         if number == 3:
