@@ -167,6 +167,15 @@ def test_a_caption_file_with_mistakes_is_not_written_over(folder):
         with pytest.raises(DataError, match="not valid CSV"):
             run(folder, Eye(), CaptionOptions(existing=existing))
     assert table.read_bytes() == before
+    # The same for one elsewhere, and for a text file that cannot be read.
+    table.rename(folder.parent / "other.csv")
+    with pytest.raises(DataError, match="not valid CSV"):
+        run(folder, Eye(), CaptionOptions(), output=folder.parent / "other.csv")
+    (folder / "a.txt").write_bytes(bytes(range(128, 256)))
+    for output in (None, folder.parent / "new.csv"):
+        with pytest.raises(DataError, match="a.txt: expected UTF-8"):
+            run(folder, Eye(), CaptionOptions(), output=output)
+    assert not (folder.parent / "new.csv").exists()
 
 
 def test_outputs_that_cannot_be(folder):

@@ -239,7 +239,8 @@ def test_alone_it_does_not_wait_for_itself(fake_webui, turns):
     began = time.monotonic()
     for _ in range(4):
         captioner.caption(picture)
-    assert time.monotonic() - began < 0.24 + 4 * 0.06
+    # After each turn a moment; never as long as for others.
+    assert time.monotonic() - began < 0.5
 
 
 def test_an_error_frees_the_queue(fake_webui, turns):
