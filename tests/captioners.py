@@ -185,3 +185,42 @@ def write_tagger(folder: Path, size: int = 448) -> Path:
     rows = [f'{at},"{name}",{category},{1000 - at}' for at, (name, category) in enumerate(TAGS)]
     (folder / "selected_tags.csv").write_text("\n".join(["tag_id,name,category,count", *rows]) + "\n", encoding="utf-8")
     return folder
+
+
+def write_random(folder: Path, kind: str) -> Path:
+    """A captioner of another kind of transformers that has learned nothing: for what loads it, not for what it says."""
+    from transformers import (
+        GitConfig,
+        GitForCausalLM,
+        GPT2Config,
+        VisionEncoderDecoderConfig,
+        VisionEncoderDecoderModel,
+        ViTConfig,
+    )
+
+    body = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    eyes = {**body, "image_size": SIZE, "patch_size": 8}
+    ids = {"bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        if kind == "git":
+            model = GitForCausalLM(GitConfig(vision_config=eyes, vocab_size=len(_WORDS), **body, **ids))
+        else:
+            mouth = GPT2Config(vocab_size=len(_WORDS), n_embd=32, n_layer=1, n_head=2, n_positions=64, **ids)
+            config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(ViTConfig(**eyes), mouth)
+            config.decoder_start_token_id, config.pad_token_id = 2, 0
+            model = VisionEncoderDecoderModel(config=config)
+            model.generation_config.decoder_start_token_id, model.generation_config.pad_token_id = 2, 0
+    model.eval().save_pretrained(folder, safe_serialization=True)
+    _write_processor(folder)
+    file = folder / "preprocessor_config.json"
+    processor = json.loads(file.read_text(encoding="utf-8"))
+    processor["image_processor_type"] = "CLIPImageProcessor" if kind == "git" else "ViTImageProcessor"
+    if kind == "git":
+        processor |= {"crop_size": {"height": SIZE, "width": SIZE}, "size": {"shortest_edge": SIZE}}
+    file.write_text(json.dumps(processor), encoding="utf-8")
+    return folder
+
+
+def words_known(sentence: str) -> bool:
+    return set(sentence.split()) <= set(_WORDS)

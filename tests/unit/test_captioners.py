@@ -19,7 +19,7 @@ from lora_trainer.captioning.tagger import Tagger, prepared, read_tags
 from lora_trainer.cli import main
 from lora_trainer.dataset.items import scan
 from lora_trainer.errors import ConfigError, ModelError
-from tests.captioners import KINDS, drawing, sentence, train_blip, write_tagger
+from tests.captioners import KINDS, drawing, sentence, train_blip, words_known, write_random, write_tagger
 
 ROOT = Path(__file__).parents[2]
 UNSEEN = 1_000_000
@@ -70,6 +70,14 @@ def test_it_says_the_same_each_time_and_on_the_device_it_is_told(blip, one_threa
     for device, problem in (("cuda:99", "CUDA devices, found cuda:99"), ("gpu", "found gpu")):
         with pytest.raises(ConfigError, match=problem):
             open_folder(blip, device).caption(picture)
+
+
+@pytest.mark.parametrize("kind", ["git", "vision-encoder-decoder"])
+def test_other_kinds_are_loaded_too(tmp_path, kind, one_thread):
+    captioner = open_folder(write_random(tmp_path, kind))
+    said = captioner.caption(drawing("red", "white", 1, size=50))
+    assert said == captioner.caption(drawing("red", "white", 1, size=50))
+    assert words_known(said.sentence)
 
 
 def test_damaged_weights_are_named(blip, tmp_path):
