@@ -59,7 +59,8 @@
     function look() {
         sending();
         if (!visible()) return;
-        const {active, beat: latest} = beat();
+        const {active: training, beat: latest} = beat();
+        const active = find(".lt-captions[data-active='1']") ? "1" : training;
         const waited = Date.now() - askedAt;
         // A slow server is not asked again before it has answered, unless the answer got lost.
         if (askedBeat === latest && waited < LOST_MS && askedAt) return;

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lora_trainer import __version__
+from lora_trainer.captioning import command as captioning
 from lora_trainer.config import Config, build
 from lora_trainer.config.export import table
 from lora_trainer.config.sample_options import SampleOptions
@@ -65,6 +66,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", action="store_true", help="go on with the run in output_dir, or start it")
     check = add("check", _check, "Look at a folder of pictures and captions before training on it.")
     doctor.add_arguments(check)
+    caption = add("caption", _caption, "Write captions for a folder of pictures with a model.")
+    captioning.add_arguments(caption)
     demo = add("demo", _demo, "Train on the bundled pictures and draw what changed.")
     demo.add_argument("--out", type=Path, default=Path("demo-output"))
     demo.add_argument("--json", action="store_true", help="end with one line of JSON on standard output")
@@ -106,6 +109,16 @@ def _check(arguments: argparse.Namespace, _: Sequence[str]) -> int:
         return DONE if doctor.check(arguments, log) else BAD_INPUT
     finally:
         log.close()
+
+
+def _caption(arguments: argparse.Namespace, _: Sequence[str]) -> int:
+    log = TerminalLog()
+    try:
+        result = captioning.caption(arguments, log)
+    finally:
+        log.close()
+    print(json.dumps(result.as_dict()) if arguments.json else result.summary())
+    return DONE
 
 
 def _demo(arguments: argparse.Namespace, _: Sequence[str]) -> int:

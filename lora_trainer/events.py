@@ -19,11 +19,13 @@ class Notice(Event, tag="notice"):
 
 
 class Progress(Event, tag="progress"):
-    """Work before or after the training steps: decoding, encoding, validating, sampling."""
+    """Work before or after the training steps: decoding, encoding, validating, sampling; captioning. `eta` is the
+    seconds that are left, where known."""
 
     stage: str
     done: int
     total: int
+    eta: float | None = None
 
 
 class Started(Event, tag="started"):

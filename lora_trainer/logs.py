@@ -165,7 +165,8 @@ class TerminalLog:
             bar = self._bar_of(event.stage, event.total)
             bar.update(event.done - bar.n)
         elif event.done == event.total or self.clock() - self._printed >= PLAIN_EVERY_SECONDS:
-            self._say(f"{event.stage}: {event.done}/{event.total}")
+            left = f", {_duration(event.eta)} left" if event.eta is not None else ""
+            self._say(f"{event.stage}: {event.done}/{event.total}{left}")
 
     def _bar_of(self, stage: str, total: int) -> tqdm:
         if self._bar is None or self._stage != stage:

@@ -62,11 +62,16 @@ class Option:
             yield f"in steps of {m.multiple_of}"
 
 
-@cache
 def options() -> dict[str, Option]:
-    """Every option by its key, in the order of the declaration."""
-    hints = get_type_hints(Config, include_extras=True)
-    return {field.name: _option(field, hints[field.name]) for field in msgspec.structs.fields(Config)}
+    """Every option of a training by its key, in the order of the declaration."""
+    return options_of(Config)
+
+
+@cache
+def options_of(declaration: type[msgspec.Struct]) -> dict[str, Option]:
+    """Every option that a declaration holds, by its key."""
+    hints = get_type_hints(declaration, include_extras=True)
+    return {field.name: _option(field, hints[field.name]) for field in msgspec.structs.fields(declaration)}
 
 
 def _option(field: msgspec.structs.FieldInfo, hint: Any) -> Option:

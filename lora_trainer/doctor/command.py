@@ -37,7 +37,7 @@ def check(arguments: argparse.Namespace, sink: EventSink) -> bool:
     if arguments.sheet:
         sheet.check_name(arguments.sheet)
     wanted = Wanted(arguments.resolution, trigger_words=arguments.trigger_words)
-    with _quiet_pillow():
+    with quiet_pillow():
         report = examine(arguments.folder, metadata=arguments.metadata, wanted=wanted, sink=sink)
     # Names may hold what the terminal's encoding does not.
     if hasattr(sys.stdout, "reconfigure"):
@@ -47,14 +47,14 @@ def check(arguments: argparse.Namespace, sink: EventSink) -> bool:
     else:
         print("\n".join(lines(report)))
     if arguments.sheet:
-        with _quiet_pillow():
+        with quiet_pillow():
             sheet.write(report, arguments.sheet)
         print(arguments.sheet, file=sys.stderr)
     return report.count("error") == 0
 
 
 @contextmanager
-def _quiet_pillow() -> Iterator[None]:
+def quiet_pillow() -> Iterator[None]:
     """Without its words about damaged and large files, which the report tells with their names."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")

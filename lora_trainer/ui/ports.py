@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from lora_trainer.captioning.service import CaptionView
     from lora_trainer.doctor import Report
     from lora_trainer.jobs.service import JobService
     from lora_trainer.jobs.view import JobView
@@ -21,11 +22,32 @@ class Checkpoint:
     warnings: tuple[str, ...]
 
 
+class CaptionHost(Protocol):
+    """Captions pictures off the page's thread, one run at a time."""
+
+    @property
+    def view(self) -> CaptionView: ...
+
+    def downloads(self, captioner: str) -> list[str]:
+        """What `captioner` (blip, deepbooru) would have to download first, in words."""
+        ...
+
+    def caption(self, settings: Mapping[str, object]) -> None:
+        """Begin with the pictures that `settings` name: train_data_dir and metadata_path as in a training, the rest as
+        in `CaptionOptions`, where captioner is blip, deepbooru or a folder. Raises UserError."""
+        ...
+
+    def stop(self) -> None: ...
+
+
 class TabHost(Protocol):
     """The WebUI, as far as the tab knows it."""
 
     @property
     def jobs(self) -> JobService: ...
+
+    @property
+    def captioning(self) -> CaptionHost: ...
 
     def checkpoint(self) -> Checkpoint | None:
         """Of the model now loaded; never loads one."""

@@ -19,6 +19,7 @@ NEVER = {
     "config/": {"torch", "gradio", "modules"},
     "dataset/": {"gradio", "modules"},
     "doctor/": {"torch", "gradio", "modules"},
+    "captioning/": {"gradio", "modules"},
     "models/": {"gradio", "modules"},
     "adapters/": {"gradio", "modules"},
     "kernels/": {"gradio", "modules", "diffusers", "peft", "transformers"},
@@ -33,7 +34,18 @@ NEVER = {
     "cli.py": {"modules"},
 }
 # What starts fast and works where torch does not: importing it must not import these, however indirectly.
-LIGHT = ("config/", "doctor/", "jobs/", "events.py", "errors.py", "hosts/ports.py", "ui/", "api/", "cli.py")
+LIGHT = (
+    "config/",
+    "doctor/",
+    "captioning/",
+    "jobs/",
+    "events.py",
+    "errors.py",
+    "hosts/ports.py",
+    "ui/",
+    "api/",
+    "cli.py",
+)
 HEAVY = ("torch", "diffusers", "transformers", "peft", "modules")
 
 LINES_PER_FILE = 300

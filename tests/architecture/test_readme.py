@@ -18,7 +18,8 @@ from lora_trainer.config import build, output_name_of
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 GUIDE = yaml.safe_load(re.search(r"```yaml\n(.*?)```", README, re.DOTALL)[1])
-COMMANDS = re.findall(r"^(?:lora-trainer|python train\.py) .+$", README, re.MULTILINE)
+COMMANDS = re.findall(r"^(?:lora-trainer|python train\.py|python tools/auto_label\.py) .+$", README, re.MULTILINE)
+FILES = {"train.py": "train", "tools/auto_label.py": "caption"}
 
 
 def test_the_yaml_is_valid_and_gives_the_name_that_follows_in_the_text():
@@ -30,7 +31,8 @@ def test_each_command_is_understood(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("my_style.yaml").write_text(yaml.safe_dump(GUIDE), encoding="utf-8")
     words = shlex.split(command.split("#")[0])
-    arguments, rest = _parser().parse_known_args(words[1:] if words[0] == "lora-trainer" else ["train", *words[2:]])
+    given = words[1:] if words[0] == "lora-trainer" else [FILES[words[1]], *words[2:]]
+    arguments, rest = _parser().parse_known_args(given)
     if arguments.command is _train:
         config_of(arguments.config, rest)
     else:

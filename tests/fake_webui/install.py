@@ -16,7 +16,7 @@ from PIL.Image import Image
 ROOT = Path(__file__).parent / "webui"
 LORA = ROOT / "extensions-builtin" / "Lora"
 HOST = "lora_trainer.hosts.webui"
-OURS = ("modules", HOST, *(path.stem for path in LORA.glob("*.py")))
+OURS = ("modules", "models", HOST, *(path.stem for path in LORA.glob("*.py")))
 
 
 class FakeWebUI:

@@ -21,6 +21,7 @@ from lora_trainer.errors import DataError
 from lora_trainer.events import EventSink, Finished
 from lora_trainer.hosts.ports import Control
 from lora_trainer.hosts.roots import Roots
+from lora_trainer.hosts.webui.captioning import Captioning
 from lora_trainer.hosts.webui.interrupt import watch_reloads
 from lora_trainer.hosts.webui.merged import make_known
 from lora_trainer.hosts.webui.store import lora_dir
@@ -39,6 +40,7 @@ class Extension:
     def __init__(self) -> None:
         self.home = Path(paths_internal.data_path) / "lora_trainer"
         self.jobs = JobService(self.home / "jobs", work)
+        self.captioning = Captioning(self._roots)
         self._checking = Lock()
 
     @property

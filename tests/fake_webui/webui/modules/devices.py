@@ -4,6 +4,7 @@ import torch
 
 cpu = torch.device("cpu")
 device = cpu
+device_interrogate = cpu
 fp8 = False
 dtype = torch.float32
 dtype_vae = torch.float32

@@ -8,6 +8,7 @@ parallel_processing_allowed = True
 weight_load_location = None
 
 # As the real start-up does it, since these import `shared` themselves.
-from modules import shared_items, shared_state  # noqa: E402, F401
+from modules import interrogate, shared_items, shared_state  # noqa: E402, F401
 
 state = shared_state.State()
+interrogator = interrogate.InterrogateModels("interrogate")
