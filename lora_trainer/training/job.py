@@ -14,6 +14,7 @@ from lora_trainer.config import Config
 from lora_trainer.errors import OutputError, UserError
 from lora_trainer.events import EventSink, Notice, Started
 from lora_trainer.hosts.ports import Control, GpuLease
+from lora_trainer.kernels.choose import Kernels
 from lora_trainer.models.fingerprint import fingerprint
 from lora_trainer.models.model import Model
 from lora_trainer.training import resume, schedules
@@ -63,6 +64,8 @@ class Job:
         self.prepare = Preparing(self.config, self.items, self.sink, self.control)
         self.validation = Validation(None, self.sink)
         self.keeper = Keeper(self.begun.states, self.config.checkpoint_every, self.sink, self._facts)
+        kept = self.begun.kept
+        self.kernels = Kernels(self.config.kernels, kept.facts.tier if kept is not None else "")
         if self.begun.kept is not None:
             self._take_over(self.begun.kept)
 
@@ -85,6 +88,12 @@ class Job:
         self.step, self._state = self.keeper.last()
         self._step_down()
         return Outcome.HANDED_OVER
+
+    def close(self) -> None:
+        """The run is over, however it ended."""
+        told = self.kernels.close()
+        if told:
+            self.sink(Notice(text=told))
 
     def _take_over(self, kept: Kept) -> None:
         """Be where an earlier process was."""
@@ -137,10 +146,13 @@ class Job:
             self.plan.parts,
         )
         steps = self.config.max_train_steps or self.config.epochs * feed.steps_per_epoch
-        with open_segment(self.config, model, self._state, self.plan) as segment:
+        shapes = [example.batch.shape for example in feed.examples()]
+        choose = partial(self.kernels.ops, shapes=shapes)
+        with open_segment(self.config, model, self._state, self.plan, choose) as segment:
             if not self._told:
                 self._begin(segment, steps)
             outcome = self._fit(segment, self._loop(segment, feed, steps), lease)
+            self.kernels.compiled(segment.forward_backward.buffers)
             if outcome in GOES_ON:
                 self._leave(segment, feed, outcome)
             else:

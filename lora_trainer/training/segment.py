@@ -30,7 +30,7 @@ from lora_trainer.training.optimizers import AdamWSettings, FlatAdamW, Optimizer
 from lora_trainer.training.precision import LossScaler, resolve
 from lora_trainer.training.snapshot import Snapshot, restore
 from lora_trainer.training.step import ForwardBackward, Network, Update
-from lora_trainer.training.tier import Tier, choose_tier
+from lora_trainer.training.tier import ChooseOps, Tier, choose_tier
 from lora_trainer.training.trainables import Trainables
 from lora_trainer.training.working import WorkingCopy
 
@@ -93,8 +93,13 @@ class Segment:
 
 
 @contextmanager
-def open_segment(config: Config, model: Model, state: State | None, plan: Plan | None = None) -> Iterator[Segment]:
-    """Inject the adapters into `model`'s views and go on from `state`; the views are clean of hooks afterwards."""
+def open_segment(
+    config: Config, model: Model, state: State | None, plan: Plan | None = None, choose: ChooseOps | None = None
+) -> Iterator[Segment]:
+    """Inject the adapters into `model`'s views and go on from `state`; the views are clean of hooks afterwards.
+
+    `choose` is asked for the operations; left out, for the fastest ones at once.
+    """
     precision, _ = resolve(config.mixed_precision, model.facts.device)
     adapters = injected(config, model)
     downs = {name: down for adapter in adapters.values() for name, down in adapter.downs().items()}
@@ -105,7 +110,7 @@ def open_segment(config: Config, model: Model, state: State | None, plan: Plan |
             {part: adapter.parameters() for part, adapter in adapters.items()},
             {"text_encoder": text_encoder_lr_of(config) / config.learning_rate},
         )
-        tier = choose_tier(config, model, precision)
+        tier = choose_tier(config, model, precision, choose)
         working = WorkingCopy(trainables, precision.compute, collects=tier.ops.collects)
         found = ChainMap(*(sites(adapter, working, dropout) for adapter in adapters.values()))
         fused = Fused(tier.ops, precision.compute, found, tier.kernels)
