@@ -150,6 +150,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     gradient_checkpointing: Annotated[
         bool, _about(TRAINING, "Save memory by computing activations twice; about 20 % slower.")
     ] = False
+    auto_fit: Annotated[
+        bool,
+        _about(TRAINING, "When a forecast does not fit into the GPU, take a lighter plan, not only say so."),
+    ] = True
     enable_xformers: Annotated[
         bool,
         _about(TRAINING, "Accepted and not needed: torch's own attention (SDPA) already saves the same memory."),

@@ -78,17 +78,19 @@ class Kernels:
             elif (self._work, shape) not in self._warm:
                 add()
 
-    def close(self) -> str | None:
+    def close(self) -> list[str]:
         """At the end of the run; what there is to say about compiling."""
         ahead, self._ahead = self._ahead, None
         if ahead is None:
-            return None
+            return []
         ahead.close()
         if ahead.failure is not None:
-            return f"the Triton kernels could not be compiled ({ahead.failure}); kernels: triton compiles them in a run"
+            return [
+                f"the Triton kernels could not be compiled ({ahead.failure}); kernels: triton compiles them in a run"
+            ]
         if ahead.done < ahead.noted:
-            return f"{ahead.done} of {ahead.noted} kernels are compiled; the next run goes on with that"
-        return "the Triton kernels are compiled: the next run uses them"
+            return [f"{ahead.done} of {ahead.noted} kernels are compiled; the next run goes on with that"]
+        return ["the Triton kernels are compiled: the next run uses them"]
 
     def _choose(
         self, device: torch.device, dtype: torch.dtype, deterministic: bool, shapes: Collection[Hashable]

@@ -11,7 +11,6 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -32,6 +31,8 @@ class Warm:
     @classmethod
     def of(cls, device: torch.device) -> Warm:
         """Of this machine. Raises whatever a missing Triton or CUDA does."""
+        import triton
+
         capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
         driver = getattr(torch._C, "_cuda_getDriverVersion", lambda: "unknown")()
         facts = {
@@ -39,7 +40,7 @@ class Warm:
             "capability": capability,
             "driver": str(driver),
             "torch": torch.__version__,
-            "triton": metadata.version("triton"),
+            "triton": triton.__version__,
             "kernels": sources(),
         }
         return cls(triton_cache(), facts)

@@ -58,6 +58,10 @@ class Feed:
             found[parts[0].shape] = Example(parts[0], count + (other.count if other else 0))
         return sorted(found.values(), key=lambda example: math.prod(example.batch.shape), reverse=True)
 
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        return [example.batch.shape for example in self.examples()]
+
     def updates(self, first_step: int) -> Iterator[order.Update]:
         """The updates from `first_step` (counted from 0) on, without end."""
         return order.updates(self._groups, self.batch_size, self.accumulation, seed=self.seed, first_step=first_step)

@@ -85,6 +85,12 @@ class Segment:
         restore(state, self.live(), self.trainables.slots)
         self.working.refresh()
 
+    def begin_again(self, state: State) -> None:
+        """As `restore`, without what was added up since the last update."""
+        self.trainables.grads.zero_()
+        self.update.loss.zero_()
+        self.restore(state)
+
     def make_room(self) -> None:
         """Before somebody else uses the GPU: what the captured step holds, where memory is short."""
         device = self.captures.device

@@ -17,7 +17,7 @@ import torch
 from lora_trainer.kernels.ahead import Ahead, Call, NotingOps
 from lora_trainer.kernels.choose import Kernels
 from lora_trainer.kernels.plain import PlainOps
-from lora_trainer.kernels.warm import Warm
+from lora_trainer.kernels.warm import Warm, triton_cache
 from tests.unit.test_kernels import rand, site
 
 ROOT = Path(__file__).parents[2]
@@ -80,12 +80,12 @@ def test_a_first_run_stays_on_plain_torch_and_the_next_one_uses_what_was_compile
     # Within the run nothing changes, though all is compiled by now: another segment, another checkpoint.
     assert chosen(first)[0] is ops
     assert first._ahead.ops.asked == [(6, 8)]
-    assert "the next run uses them" in first.close()
+    assert first.close() == ["the Triton kernels are compiled: the next run uses them"]
 
     second = kernels()
     ops, told = chosen(second)
     assert (ops.name, told) == ("Triton", None)
-    assert second.close() is None
+    assert second.close() == []
 
 
 @pytest.mark.parametrize("changes", [{"work": "another model"}, {"shapes": [*SHAPES, (2, 64, 64, 77)]}])
@@ -164,7 +164,7 @@ def test_a_kernel_that_cannot_be_compiled_is_told_and_marks_nothing(kernels, war
     ops.geglu(torch.randn(13, 8))
     run.compiled(SHAPES)
     run._ahead._thread.join(20)
-    assert "no such kernel" in run.close()
+    assert "no such kernel" in run.close()[0]
     assert chosen(kernels())[0].name == "plain torch"
 
 
@@ -184,7 +184,7 @@ def test_a_run_that_ends_early_stops_compiling_and_says_how_far_it_came(kernels)
     run.compiled(SHAPES)
     assert began.wait(20)
     thread = run._ahead._thread
-    assert "0 of 5 kernels are compiled" in run.close()
+    assert "0 of 5 kernels are compiled" in run.close()[0]
     gate.set()
     thread.join(20)
     assert not thread.is_alive()
@@ -293,3 +293,21 @@ def test_exactly_the_kernels_of_a_step_are_compiled_for_a_card_that_is_not_there
         *("_gn_apply", "_gn_back_apply", "_gn_back_apply", "_gn_back_sums", "_gn_sums", "gradients_kernel"),
         *("product_kernel", "product_kernel"),
     ]
+
+
+def test_the_cache_is_where_triton_has_it(monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    assert triton_cache() == tmp_path
+    monkeypatch.delenv("TRITON_CACHE_DIR")
+    assert triton_cache().parts[-2:] == (".triton", "cache")
+
+
+def test_the_facts_of_a_machine(monkeypatch):
+    """A card that is there only by its name."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    facts = Warm.of(CUDA).facts
+    assert (facts["card"], facts["capability"]) == ("a card", "9.0")
+    assert all(facts.values())
+    assert set(facts) == {"card", "capability", "driver", "torch", "triton", "kernels"}
