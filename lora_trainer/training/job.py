@@ -25,7 +25,7 @@ from lora_trainer.training.fit import Interrupted, Loop, Outcome, ask, fit
 from lora_trainer.training.forecast import FromFirstSteps
 from lora_trainer.training.keeper import Keeper
 from lora_trainer.training.output import Output, Progress
-from lora_trainer.training.planning import SPILLED, OutOfMemoryError, Planning
+from lora_trainer.training.planning import OutOfMemoryError, Planning
 from lora_trainer.training.preparing import Preparing
 from lora_trainer.training.results import DivergedError, Results
 from lora_trainer.training.segment import Segment, State, alpha_of, open_segment
@@ -217,7 +217,8 @@ class Job:
             outcome = self.planning.rehearse(segment, feed, steps - self.step, ready)
         except Interrupted as interruption:
             return interruption.outcome
-        self.kernels.compiled(segment.forward_backward.buffers)
+        if outcome is Outcome.DONE:
+            self.kernels.compiled(feed.shapes)
         return outcome
 
     def _loop(self, segment: Segment, feed: Feed, steps: int) -> Loop:
@@ -266,8 +267,6 @@ class Job:
             return self._roll_back(segment, loop, error)
         self.loss, self._losses = loop.results.mean_loss, tuple(loop.results.losses)
         self.measured.step, self.measured.need = loop.results.fastest, self.planning.need
-        if loop.results.spilled:
-            self.planning.short = SPILLED
         return outcome
 
     def _save_between(self, segment: Segment, feed: Feed, step: int) -> None:

@@ -80,7 +80,15 @@ class Planning:
         """Whether steps of so many seconds tell of memory that the driver has moved away."""
         if self._gpu is None or not self._gpu.spills or self.lighter is None:
             return lambda seconds: False
-        return Spill(self.need.slowest, self._gpu.scarce)
+        spill = Spill(self.need.slowest, self._gpu.scarce)
+
+        def spilled(seconds: float) -> bool:
+            if not spill(seconds):
+                return False
+            self.short = SPILLED
+            return True
+
+        return spilled
 
     def _warm_up(self, ready: Callable[[], object], done: int, total: int) -> None:
         ready()
