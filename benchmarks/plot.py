@@ -33,7 +33,8 @@ def label(line: Line) -> str:
     dropout = f"dropout {line['dropout']:g}" if line["dropout"] else "no dropout"
     parts = [FAMILIES[line["family"]], f"{line['resolution']}²", f"batch {line['batch']}", dropout]
     parts += ["text encoder"] * bool(line.get("train_text_encoder")) + ["checkpointing"] * bool(line["checkpointing"])
-    parts += ["plain torch"] * bool(line.get("deterministic"))
+    parts += ["plain torch"] * (line.get("kernels") == "plain") + ["as in a WebUI"] * bool(line.get("webui"))
+    parts += ["deterministic"] * bool(line.get("deterministic"))
     return ", ".join(parts if line["what"] == "ours" else [line["what"], *parts])
 
 

@@ -2,8 +2,8 @@
 
 usage: python -m benchmarks.step [sd15|sdxl] [key=value ...]
 
-Keys are those of `Workload`, profile=1, webui=1, deterministic=1, and out=FILE to which the line of JSON is added, for
-`benchmarks.plot`.
+Keys are those of `Workload`, profile=1, webui=1, deterministic=1, kernels=plain, and out=FILE to which the line of JSON
+is added, for `benchmarks.plot`.
 """
 
 from __future__ import annotations
@@ -176,14 +176,14 @@ def main(arguments: list[str]) -> None:
     profiled = given.pop("profile", "0") == "1"
     webui = given.pop("webui", "0") == "1"
     deterministic = given.pop("deterministic", "0") == "1"
-    out = given.pop("out", None)
+    wanted, out = given.pop("kernels", "auto"), given.pop("out", None)
     types = {f.name: type(f.default) for f in fields(Workload)}
     values = {k: v == "1" if types[k] is bool else types[k](v) for k, v in given.items()}
     work = Workload(family=families[0] if families else "sd15", **values)
-    report = measure(work, profiled=profiled, webui=webui, deterministic=deterministic)
+    report = measure(work, profiled=profiled, webui=webui, deterministic=deterministic, kernels=wanted)
     lines = report.pop("kernels", [])
     facts = {"what": "ours", "at": time.strftime("%Y-%m-%d"), **asdict(work)}
-    facts |= {"webui": webui, "deterministic": deterministic}
+    facts |= {"webui": webui, "deterministic": deterministic, "kernels": wanted}
     line = json.dumps(facts | report | machine())
     print(line, flush=True)
     if out:
