@@ -1,6 +1,9 @@
 """The product's own step and loop on networks of the real size: time, GPU time and memory.
 
-usage: python -m benchmarks.step [sd15|sdxl] [key=value ...]     keys of `Workload`; profile=1, webui=1, deterministic=1
+usage: python -m benchmarks.step [sd15|sdxl] [key=value ...]
+
+Keys are those of `Workload`, profile=1, webui=1, deterministic=1, kernels=plain, and out=FILE to which the line of JSON
+is added, for `benchmarks.plot`.
 """
 
 from __future__ import annotations
@@ -9,7 +12,8 @@ import json
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
 
@@ -125,10 +129,10 @@ def measure(work: Workload, *, profiled: bool = False, webui: bool = False, **ch
         report |= {
             "first_step_s": round(clock.stamps[0] - began, 2),
             "graphs_ms": replayed(segment),
-            "peak_reserved_GiB": round((peak_reserved() or 0) / 2**30, 2),
+            "peak_reserved_bytes": peak_reserved(),
             "loss": results.mean_loss,
             "bad": results.bad_in_a_row,
-            "step": segment.tier.notices,
+            "told": segment.tier.notices,
         }
         if profiled:
             report["kernels"] = kernels(segment)
@@ -172,12 +176,19 @@ def main(arguments: list[str]) -> None:
     profiled = given.pop("profile", "0") == "1"
     webui = given.pop("webui", "0") == "1"
     deterministic = given.pop("deterministic", "0") == "1"
+    wanted, out = given.pop("kernels", "auto"), given.pop("out", None)
     types = {f.name: type(f.default) for f in fields(Workload)}
     values = {k: v == "1" if types[k] is bool else types[k](v) for k, v in given.items()}
     work = Workload(family=families[0] if families else "sd15", **values)
-    report = measure(work, profiled=profiled, webui=webui, deterministic=deterministic)
+    report = measure(work, profiled=profiled, webui=webui, deterministic=deterministic, kernels=wanted)
     lines = report.pop("kernels", [])
-    print(json.dumps({"ours": values | {"family": work.family, "webui": webui}} | report | machine()), flush=True)
+    facts = {"what": "ours", "at": time.strftime("%Y-%m-%d"), **asdict(work)}
+    facts |= {"webui": webui, "deterministic": deterministic, "kernels": wanted}
+    line = json.dumps(facts | report | machine())
+    print(line, flush=True)
+    if out:
+        with Path(out).open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
     print("\n".join(lines), flush=True)
 
 

@@ -44,6 +44,15 @@ class Started(Event, tag="started"):
     scale: float
 
 
+class Forecast(Event, tag="forecast"):
+    """What the steps that are left will need, as measured: seconds, and where known bytes of GPU memory, the most that
+    will be held and what there is for it."""
+
+    seconds: float
+    memory: int | None = None
+    available: int | None = None
+
+
 class StepDone(Event, tag="step"):
     """One optimizer update. `loss` is the mean over the update's samples; `memory` in bytes, where known."""
 
@@ -91,7 +100,7 @@ class Finished(Event, tag="finished"):
     validation_lora: float | None = None
 
 
-AnyEvent = Notice | Progress | Started | StepDone | Validated | Saving | Saved | Finished
+AnyEvent = Notice | Progress | Started | Forecast | StepDone | Validated | Saving | Saved | Finished
 
 
 class EventSink(Protocol):

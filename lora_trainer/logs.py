@@ -14,7 +14,18 @@ from typing import TextIO
 from tqdm import tqdm
 
 from lora_trainer.errors import ConfigError, printable
-from lora_trainer.events import AnyEvent, EventSink, Finished, Notice, Progress, Saved, Started, StepDone, Validated
+from lora_trainer.events import (
+    AnyEvent,
+    EventSink,
+    Finished,
+    Forecast,
+    Notice,
+    Progress,
+    Saved,
+    Started,
+    StepDone,
+    Validated,
+)
 
 GIB = 1024**3
 _LOGGER = logging.getLogger(__name__)
@@ -198,6 +209,10 @@ def sentences(event: AnyEvent) -> Iterator[str]:
             f"{event.trainable:,} of {event.total:,} parameters train ({event.trainable / event.total:.2%}, "
             f"{event.modules} modules), LoRA scale {event.scale:g}"
         )
+    elif isinstance(event, Forecast):
+        known = event.memory is not None
+        memory = f"needs {event.memory / GIB:.1f} of {event.available / GIB:.1f} GB, " if known else ""
+        yield f"{memory}about {in_words(event.seconds)}"
     elif isinstance(event, Validated):
         change = f", {event.lora / event.base - 1:+.1%} against the base" if event.step else " (the base)"
         yield f"step {event.step}: held-out loss {event.lora:.4f}{change}"
@@ -205,6 +220,16 @@ def sentences(event: AnyEvent) -> Iterator[str]:
         yield f"saved {event.path}"
     elif isinstance(event, Finished):
         yield f"{event.state} after {event.steps} steps, {_duration(event.seconds)}"
+
+
+def in_words(seconds: float) -> str:
+    """45 s, 3 min 20 s, 2 h 5 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 def _duration(seconds: float) -> str:

@@ -150,6 +150,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     gradient_checkpointing: Annotated[
         bool, _about(TRAINING, "Save memory by computing activations twice; about 20 % slower.")
     ] = False
+    auto_fit: Annotated[
+        bool,
+        _about(TRAINING, "When a forecast does not fit into the GPU, take a lighter plan, not only say so."),
+    ] = True
     enable_xformers: Annotated[
         bool,
         _about(TRAINING, "Accepted and not needed: torch's own attention (SDPA) already saves the same memory."),
@@ -157,6 +161,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     deterministic: Annotated[bool, _about(TRAINING, "On a GPU, only operations that repeat bit by bit; slower.")] = (
         False
     )
+    kernels: Annotated[
+        Literal["auto", "triton", "plain"],
+        _about(
+            TRAINING,
+            "Faster kernels on a GPU: auto takes them once they are compiled, triton waits for that, plain never.",
+        ),
+    ] = "auto"
     seed: Annotated[int, _about(TRAINING, "The same seed gives the same run.", ge=0, le=2**32 - 1)] = 42
     trial: Annotated[bool, _about(TRAINING, "A few steps on a few pictures, then how long the full run will take.")] = (
         False

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import msgspec
 
-from lora_trainer.events import AnyEvent, Finished, Notice, Progress, Saved, Started, StepDone, Validated
+from lora_trainer.events import AnyEvent, Finished, Forecast, Notice, Progress, Saved, Started, StepDone, Validated
 from lora_trainer.jobs.states import ENDED, State
 from lora_trainer.jobs.view import JobView
 from lora_trainer.logs import sentences
@@ -80,6 +80,11 @@ def _(event: Progress, view: JobView) -> JobView:
 @_tell.register
 def _(event: Started, view: JobView) -> JobView:
     return replace(view, name=event.name, steps=event.steps, epochs=event.epochs)
+
+
+@_tell.register
+def _(event: Forecast, view: JobView) -> JobView:
+    return replace(view, eta=event.seconds, memory=event.memory or view.memory, available=event.available)
 
 
 @_tell.register

@@ -10,8 +10,9 @@ from lora_trainer.jobs.states import State
 
 @dataclass(frozen=True)
 class JobView:
-    """Times are seconds since 1970, `eta` and `seconds_per_step` seconds, `memory` bytes. `losses` are (step, loss),
-    thinned; `validations` (step, base, lora); `output` has the finished LoRA first."""
+    """Times are seconds since 1970, `eta` and `seconds_per_step` seconds, `memory` bytes held, `available`
+    bytes there are for it. `losses` are (step, loss), thinned; `validations` (step, base, lora); `output` has the
+    finished LoRA first."""
 
     id: str
     name: str
@@ -32,6 +33,7 @@ class JobView:
     validations: tuple[tuple[int, float, float], ...] = ()
     eta: float | None = None
     memory: int | None = None
+    available: int | None = None
     log: tuple[str, ...] = ()
     output: tuple[str, ...] = ()
     error: str | None = None

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_trainer.kernels.launch import launch
+
 
 @triton.jit
 def _geglu(x, y, N, BLOCK: tl.constexpr):
@@ -41,7 +43,7 @@ class TritonGeglu(torch.autograd.Function):
     def forward(ctx, x):
         M, N = x.shape[0], x.shape[1] // 2
         y = x.new_empty(M, N)
-        _geglu[(M, triton.cdiv(N, 1024))](x, y, N, BLOCK=1024)
+        launch(_geglu, (M, triton.cdiv(N, 1024)))(x, y, N, BLOCK=1024)
         ctx.save_for_backward(x)
         return y
 
@@ -50,7 +52,7 @@ class TritonGeglu(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         M, N = x.shape[0], x.shape[1] // 2
         dx = torch.empty_like(x)
-        _geglu_back[(M, triton.cdiv(N, 1024))](x, dy.contiguous(), dx, N, BLOCK=1024)
+        launch(_geglu_back, (M, triton.cdiv(N, 1024)))(x, dy.contiguous(), dx, N, BLOCK=1024)
         return dx
 
 
@@ -73,7 +75,7 @@ class TritonAdd(torch.autograd.Function):
         y = torch.empty_like(x)
         count = x.numel()
         given = x if bias is None else bias
-        _add[(triton.cdiv(count, 1024),)](
+        launch(_add, (triton.cdiv(count, 1024),))(
             x, given, residual, y, count, x.shape[1], BLOCK=1024, HAS_BIAS=bias is not None
         )
         return y

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_trainer.kernels.launch import launch
+
 # Up to this many pixels one program walks over a whole group; larger pictures are split over several.
 WALK = 256
 ROWS = 32
@@ -221,8 +223,8 @@ class TritonGroupNorm(torch.autograd.Function):
         stats = x.new_empty(plan.B, plan.G, 2, dtype=torch.float32)
         flags = {"HAS_SHIFT": shift is not None}
         moved = x if shift is None else shift
-        _gn_sums[plan.sums_grid](x, moved, partial, plan.HW, plan.C, plan.G, plan.rows, **plan.tile, **flags)
-        _gn_apply[plan.apply_grid](
+        launch(_gn_sums, plan.sums_grid)(x, moved, partial, plan.HW, plan.C, plan.G, plan.rows, **plan.tile, **flags)
+        launch(_gn_apply, plan.apply_grid)(
             x, moved, norm.weight, norm.bias, partial, y, stats, plan.HW, plan.C, plan.G, plan.splits,
             plan.apply_rows, norm.eps, SPLITS=plan.padded_splits, SILU=silu, **plan.tile, **flags,
         )  # fmt: skip
@@ -242,8 +244,8 @@ class TritonGroupNorm(torch.autograd.Function):
         dx = torch.empty_like(x)
         given = (x, moved, weight, bias, stats, dy)
         sizes = (plan.HW, plan.C, plan.G)
-        _gn_back_sums[plan.sums_grid](*given, partial, *sizes, plan.rows, **plan.tile, **ctx.flags)
-        _gn_back_apply[plan.apply_grid](
+        launch(_gn_back_sums, plan.sums_grid)(*given, partial, *sizes, plan.rows, **plan.tile, **ctx.flags)
+        launch(_gn_back_apply, plan.apply_grid)(
             *given, residual, partial, dx, *sizes, plan.splits, plan.apply_rows,
             SPLITS=plan.padded_splits, HAS_RESIDUAL=has, **plan.tile, **ctx.flags,
         )  # fmt: skip

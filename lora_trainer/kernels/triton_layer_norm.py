@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from lora_trainer.kernels.launch import launch
+
 
 @triton.jit
 def _ln(x, weight, bias, y, stats, M, C, eps, CP: tl.constexpr, ROWS: tl.constexpr):
@@ -58,7 +60,7 @@ class TritonLayerNorm(torch.autograd.Function):
         stats = x.new_empty(M, 2, dtype=torch.float32)
         ctx.shape = {"CP": triton.next_power_of_2(C), "ROWS": 4 if C <= 512 else 2}
         grid = (triton.cdiv(M, ctx.shape["ROWS"]),)
-        _ln[grid](flat, norm.weight, norm.bias, y, stats, M, C, norm.eps, **ctx.shape)
+        launch(_ln, grid)(flat, norm.weight, norm.bias, y, stats, M, C, norm.eps, **ctx.shape)
         ctx.save_for_backward(x, norm.weight, stats)
         ctx.set_materialize_grads(False)
         return y, x.view_as(x)
@@ -71,5 +73,5 @@ class TritonLayerNorm(torch.autograd.Function):
         M, C = stats.shape[0], x.shape[-1]
         dx = torch.empty_like(x)
         grid = (triton.cdiv(M, ctx.shape["ROWS"]),)
-        _ln_back[grid](x, weight, stats, dy, residual, dx, M, C, HAS_RESIDUAL=has, **ctx.shape)
+        launch(_ln_back, grid)(x, weight, stats, dy, residual, dx, M, C, HAS_RESIDUAL=has, **ctx.shape)
         return dx, None

@@ -6,6 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
+from lora_trainer.kernels.launch import launch
 from lora_trainer.kernels.plain import like
 from lora_trainer.kernels.site import Draw, Site
 from lora_trainer.kernels.triton_lora_kernels import gradients_kernel, low_kernel, product_kernel
@@ -80,7 +81,7 @@ def product(x: Tensor, w: Tensor, p: Tensor, q: Tensor, extra: Extra) -> tuple[T
     described = _describe(x, w.t() if tall else w, block, tall=tall)
     x_given, w_given = described or (x, w)
     grid = (triton.cdiv(M, block[0]) * triton.cdiv(N, block[1]),)
-    product_kernel[grid](
+    launch(product_kernel, grid)(
         x_given, w_given, x if bias is None else bias, x if residual is None else residual, p, q, y, low, keys,
         M, N, K, rank, w.stride(0), w.stride(1), extra.scale, *dropout,
         RANK=padded(rank), HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
@@ -94,7 +95,7 @@ def low_product(x: Tensor, p: Tensor, extra: Extra) -> Tensor:
     (M, K), rank = x.shape, p.shape[0]
     low = x.new_empty(M, padded(rank))
     keys, *dropout = extra.dropout(M, x)
-    low_kernel[(triton.cdiv(M, 32),)](
+    launch(low_kernel, (triton.cdiv(M, 32),))(
         x, p, low, keys, M, K, rank, extra.scale, *dropout,
         RANK=padded(rank), BM=32, BK=inner_block(K), DROPOUT=extra.draw is not None, num_warps=4, num_stages=4,
     )  # fmt: skip
@@ -108,7 +109,7 @@ def gradients(dy: Tensor, low: Tensor, x: Tensor, dlow: Tensor, site: Site) -> N
     columns = triton.cdiv(N, block) + triton.cdiv(K, block)
     splits = max(1, min(triton.cdiv(M, 128), 512 // columns))
     rows = triton.cdiv(triton.cdiv(M, splits), 64) * 64
-    gradients_kernel[(columns, triton.cdiv(M, rows))](
+    launch(gradients_kernel, (columns, triton.cdiv(M, rows)))(
         dy, low, site.grad_up.t(), N, x, dlow, site.grad_down, K, M, site.rank, rows,
         RANK=low.shape[1], BM=64, BC=block, num_warps=4, num_stages=3,
     )  # fmt: skip
@@ -139,10 +140,17 @@ def inner_block(K: int) -> int:
 def _describe(x: Tensor, w: Tensor, block: tuple[int, int, int], *, tall: bool) -> tuple | None:
     """Descriptors of x [M, K] and w ([N, K] where tall, else [K, N]) for bulk copies, where the device has them."""
     BM, BN, BK = block
-    if not (x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)) or BK * x.element_size() < 64:
+    if not _bulk_copies(x.device) or BK * x.element_size() < 64:
         return None
     if any(t.data_ptr() % 16 or t.stride(0) * t.element_size() % 16 for t in (x, w)):
         return None
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     return TensorDescriptor.from_tensor(x, [BM, BK]), TensorDescriptor.from_tensor(w, [BN, BK] if tall else [BK, BN])
+
+
+def _bulk_copies(device: torch.device) -> bool:
+    """Whether the device has them; for meta tensors, whether the current one has."""
+    if device.type == "meta":
+        return torch.cuda.get_device_capability() >= (9, 0)
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)

@@ -15,8 +15,9 @@ class Captures:
 
     The first run of a part is a real one, eagerly: it warms libraries and caches up and its result counts. The second
     is captured, and replayed from then on; a part's tensors therefore stay where they are. All graphs share one
-    memory pool, which `release` gives back; afterwards every part starts anew. `reason` says why nothing is captured
-    where that was tried and failed.
+    memory pool, which `release` gives back; afterwards every part is captured anew, at once, since one that just runs
+    would need as much memory again beside those that are captured. `reason` says why nothing is captured where that
+    was tried and failed.
     """
 
     def __init__(self, device: torch.device, *, enabled: bool = True, deterministic: bool = False) -> None:
@@ -49,7 +50,6 @@ class Captures:
         for graph in self._graphs.values():
             graph.reset()
         self._graphs.clear()
-        self._warm.clear()
         self._pool = None
         # One workspace for each stream that ever multiplied matrices; made again when needed.
         getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,14 @@ from lora_trainer.dataset import order
 from lora_trainer.dataset.prepare import Sample
 from lora_trainer.training import randomness
 from lora_trainer.training.step import Batch, stacked
+
+
+@dataclass(frozen=True)
+class Example:
+    """A micro-batch of one shape, and how many of that shape an epoch has."""
+
+    batch: Batch
+    count: int
 
 
 @dataclass(frozen=True)
@@ -35,6 +44,24 @@ class Feed:
     def batches_per_epoch(self) -> int:
         return order.steps_per_epoch(self._groups, self.batch_size, 1)
 
+    def examples(self) -> list[Example]:
+        """One for each shape, the largest first."""
+        members: dict[Hashable, list[int]] = {}
+        for index, group in enumerate(self._groups):
+            members.setdefault(group, []).append(index)
+        found: dict[tuple[int, ...], Example] = {}
+        for group, indices in members.items():
+            same = (indices[0],) * self.batch_size
+            parts = self._parts(order.Batch(same, (1.0,) * self.batch_size, same, group), float(self.batch_size))
+            count = -(-len(indices) // self.batch_size) * len(parts)
+            other = found.get(parts[0].shape)
+            found[parts[0].shape] = Example(parts[0], count + (other.count if other else 0))
+        return sorted(found.values(), key=lambda example: math.prod(example.batch.shape), reverse=True)
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        return [example.batch.shape for example in self.examples()]
+
     def updates(self, first_step: int) -> Iterator[order.Update]:
         """The updates from `first_step` (counted from 0) on, without end."""
         return order.updates(self._groups, self.batch_size, self.accumulation, seed=self.seed, first_step=first_step)
@@ -49,8 +76,11 @@ class Feed:
         """The micro-batches of an update, on the CPU; the weights of its real samples sum to 1."""
         total = sum(sum(batch.weights) for batch in update.batches)
         for batch in update.batches:
-            whole = self._batch(batch, total)
-            yield from whole.split(self.parts) if self.parts > 1 else (whole,)
+            yield from self._parts(batch, total)
+
+    def _parts(self, batch: order.Batch, total: float) -> list[Batch]:
+        whole = self._batch(batch, total)
+        return whole.split(self.parts) if self.parts > 1 else [whole]
 
     def _batch(self, batch: order.Batch, total: float) -> Batch:
         samples = [self.samples[index] for index in batch.indices]

@@ -33,6 +33,24 @@ class Outcome(Enum):
     DIVERGED = "diverged"
 
 
+class Interrupted(Exception):
+    """Work before the steps ended before it was done."""
+
+    def __init__(self, outcome: Outcome) -> None:
+        super().__init__(outcome)
+        self.outcome = outcome
+
+
+def ask(control: Control, lease: GpuLease, make_room: Callable[[], object] = lambda: None) -> None:
+    """Between two pieces of work before the steps. Raises Interrupted."""
+    if control.stopping():
+        raise Interrupted(Outcome.STOPPED)
+    if control.pausing():
+        raise Interrupted(Outcome.PAUSED)
+    if not lease.hand_over(make_room):
+        raise Interrupted(Outcome.HANDED_OVER)
+
+
 class Boundary(Protocol):
     """Saves, validations and previews between two updates; `step` is the number of updates done."""
 
@@ -90,12 +108,17 @@ def _steps(
         step += 1
         loop.results.add(step, planned.epoch, rate)
         pace()
+        if loop.results.spilled and step < steps:
+            loop.results.read()
+            return Outcome.OUT_OF_MEMORY, step
         if loop.boundary.due(step):
             loop.results.read()
             loop.boundary(step)
             loop.results.restart_clock()
+        offered = loop.results.clock()
         if step < steps and not lease.hand_over(segment.make_room):
             loop.results.read()
             return Outcome.HANDED_OVER, step
+        loop.results.shared(loop.results.clock() - offered)
     loop.results.read()
     return (Outcome.DONE if step >= steps else Outcome.STOPPED), step

@@ -11,19 +11,21 @@ import msgspec
 import torch
 
 from lora_trainer.config import Config
-from lora_trainer.errors import OutputError, UserError
+from lora_trainer.errors import OutputError
 from lora_trainer.events import EventSink, Notice, Started
 from lora_trainer.hosts.ports import Control, GpuLease
+from lora_trainer.kernels.choose import Kernels
 from lora_trainer.models.fingerprint import fingerprint
 from lora_trainer.models.model import Model
 from lora_trainer.training import resume, schedules
 from lora_trainer.training.boundary import Boundaries, Validation
 from lora_trainer.training.data import Items
 from lora_trainer.training.feed import Feed
-from lora_trainer.training.fit import Loop, Outcome, fit
+from lora_trainer.training.fit import Interrupted, Loop, Outcome, ask, fit
+from lora_trainer.training.forecast import FromFirstSteps
 from lora_trainer.training.keeper import Keeper
-from lora_trainer.training.ladder import Plan
 from lora_trainer.training.output import Output, Progress
+from lora_trainer.training.planning import OutOfMemoryError, Planning
 from lora_trainer.training.preparing import Preparing
 from lora_trainer.training.results import DivergedError, Results
 from lora_trainer.training.segment import Segment, State, alpha_of, open_segment
@@ -32,10 +34,6 @@ from lora_trainer.training.trial import Measured
 
 # Why a segment ends with another one to come.
 GOES_ON = (Outcome.HANDED_OVER, Outcome.OUT_OF_MEMORY, Outcome.DIVERGED, Outcome.PAUSED)
-
-
-class OutOfMemoryError(UserError):
-    """No plan of the ladder fits into the memory."""
 
 
 @dataclass
@@ -59,12 +57,15 @@ class Job:
     _losses: Sequence[float] = ()
 
     def __post_init__(self) -> None:
-        self.plan = Plan.of(self.config)
+        self.planning = Planning(self.config, self.sink)
+        self._first_steps = FromFirstSteps(self.sink)
         self.prepare = Preparing(self.config, self.items, self.sink, self.control)
         self.validation = Validation(None, self.sink)
         self.keeper = Keeper(self.begun.states, self.config.checkpoint_every, self.sink, self._facts)
-        if self.begun.kept is not None:
-            self._take_over(self.begun.kept)
+        kept = self.begun.kept
+        self.kernels = Kernels(self.config.kernels, kept.facts.tier if kept is not None else "")
+        if kept is not None:
+            self._take_over(kept)
 
     @property
     def threads(self) -> int | None:
@@ -83,15 +84,20 @@ class Job:
                 ) from error
         # Outside the steps, where the segment's state may be torn: back to the last good one.
         self.step, self._state = self.keeper.last()
-        self._step_down()
+        self.planning.step_down(self.step)
         return Outcome.HANDED_OVER
+
+    def close(self) -> None:
+        """The run is over, however it ended."""
+        for told in self.kernels.close():
+            self.sink(Notice(text=told))
 
     def _take_over(self, kept: Kept) -> None:
         """Be where an earlier process was."""
         facts = kept.facts
         resume.same_data(facts, resume.digest(self.items))
         self.step, self._state, self._losses = facts.step, kept.tensors, facts.losses
-        self.plan = Plan(facts.checkpointing or self.plan.checkpointing, facts.parts)
+        self.planning.go_on_with(facts.checkpointing, facts.parts)
         self.validation.base, self.validation.lora = facts.validation_base, facts.validation_lora
         self.keeper.rollbacks = facts.rollbacks
         self.keeper.remember(lambda: kept.tensors, facts.step)
@@ -112,8 +118,8 @@ class Job:
             rollbacks=self.keeper.rollbacks,
             validation_base=self.validation.base,
             validation_lora=self.validation.lora,
-            checkpointing=self.plan.checkpointing,
-            parts=self.plan.parts,
+            checkpointing=self.planning.plan.checkpointing,
+            parts=self.planning.plan.parts,
             tier=self._tier,
             threads=torch.get_num_threads(),
             versions=versions(),
@@ -134,13 +140,16 @@ class Job:
             self.config.gradient_accumulation_steps,
             self.config.seed,
             model.noise.timesteps,
-            self.plan.parts,
+            self.planning.plan.parts,
         )
         steps = self.config.max_train_steps or self.config.epochs * feed.steps_per_epoch
-        with open_segment(self.config, model, self._state, self.plan) as segment:
+        choose = partial(self.kernels.ops, shapes=feed.shapes)
+        with open_segment(self.config, model, self._state, self.planning.plan, choose) as segment:
             if not self._told:
                 self._begin(segment, steps)
-            outcome = self._fit(segment, self._loop(segment, feed, steps), lease)
+            outcome = self._rehearse(segment, feed, steps, lease)
+            if outcome is Outcome.DONE:
+                outcome = self._fit(segment, self._loop(segment, feed, steps), lease)
             if outcome in GOES_ON:
                 self._leave(segment, feed, outcome)
             else:
@@ -152,23 +161,12 @@ class Job:
         if outcome is Outcome.DIVERGED:
             return
         if outcome is Outcome.OUT_OF_MEMORY:
-            self._step_down()
+            self.planning.step_down(self.step)
         snapshot = segment.snapshot()
         self._state = snapshot.named()
         if outcome is Outcome.PAUSED and self.step:
             self.keeper.keep_durably(snapshot, self.step)
             self._save_between(segment, feed, self.step)
-
-    def _step_down(self) -> None:
-        """Raises OutOfMemoryError when nothing is left to give up."""
-        lighter = self.plan.lighter(self.config.batch_size)
-        if lighter is None:
-            raise OutOfMemoryError(
-                f"step {self.step + 1}: out of GPU memory, also with {self.plan}. Close what else uses the GPU, or "
-                "lower resolution or lora_rank"
-            )
-        self.plan = lighter
-        self.sink(Notice(text=f"step {self.step + 1}: out of memory, goes on with {lighter}", level="warning"))
 
     def _roll_back(self, segment: Segment, loop: Loop, error: DivergedError) -> Outcome:
         """Raises `error` when that was tried often enough; what was learned is then saved."""
@@ -212,6 +210,17 @@ class Job:
         if self.step == 0:
             self.validation(segment.network, 0)
 
+    def _rehearse(self, segment: Segment, feed: Feed, steps: int, lease: GpuLease) -> Outcome:
+        """DONE when the steps can begin."""
+        ready = partial(ask, self.control, lease, torch.cuda.empty_cache)
+        try:
+            outcome = self.planning.rehearse(segment, feed, steps - self.step, ready)
+        except Interrupted as interruption:
+            return interruption.outcome
+        if outcome is Outcome.DONE:
+            self.kernels.compiled(feed.shapes)
+        return outcome
+
     def _loop(self, segment: Segment, feed: Feed, steps: int) -> Loop:
         config = self.config
         scheduled = partial(
@@ -221,7 +230,14 @@ class Job:
             steps=steps,
             warmup=config.lr_warmup_steps,
         )
-        results = Results(segment.update.result, steps, self.sink, window=feed.steps_per_epoch, losses=self._losses)
+        results = Results(
+            segment.update.result,
+            steps,
+            self._first_steps if self.planning.need is None else self.sink,
+            window=feed.steps_per_epoch,
+            losses=self._losses,
+            watch=self.planning.watch(),
+        )
         # The state comes last: whoever goes on from it need not do again what happened at its step.
         actions = (
             (config.validate_every, lambda step: self.validation(segment.network, step)),
@@ -250,7 +266,7 @@ class Job:
         except DivergedError as error:
             return self._roll_back(segment, loop, error)
         self.loss, self._losses = loop.results.mean_loss, tuple(loop.results.losses)
-        self.measured.step = loop.results.fastest
+        self.measured.step, self.measured.need = loop.results.fastest, self.planning.need
         return outcome
 
     def _save_between(self, segment: Segment, feed: Feed, step: int) -> None:

@@ -13,16 +13,8 @@ from lora_trainer.hosts.ports import Control, GpuLease
 from lora_trainer.models.model import Model
 from lora_trainer.training import data
 from lora_trainer.training.data import Items, TrainingData
-from lora_trainer.training.fit import Outcome
+from lora_trainer.training.fit import Interrupted, Outcome, ask
 from lora_trainer.training.precision import resolve
-
-
-class _Interrupted(Exception):
-    """Encoding ended before all images were encoded."""
-
-    def __init__(self, outcome: Outcome) -> None:
-        super().__init__(outcome)
-        self.outcome = outcome
 
 
 @dataclass
@@ -44,11 +36,11 @@ class Preparing:
         if self._encoded is None:
             self._notices(model)
         began = time.perf_counter()
-        between = partial(self._between_images, lease)
+        between = partial(ask, self.control, lease)
         self._encoded = self._encoded or (Encoded(between), Encoded(between))
         try:
             self.data = data.load(self.items, self.config, model, sink=self.sink, kept=self._encoded)
-        except _Interrupted as interruption:
+        except Interrupted as interruption:
             return interruption.outcome
         self.seconds = (time.perf_counter() - began) / len(self.items.train + self.items.held_out)
         return Outcome.DONE
@@ -59,11 +51,3 @@ class Preparing:
             self.sink(Notice(text=notice))
         if self.config.enable_xformers:
             self.sink(Notice(text="enable_xformers: not needed, torch's own attention (SDPA) does the same"))
-
-    def _between_images(self, lease: GpuLease) -> None:
-        if self.control.stopping():
-            raise _Interrupted(Outcome.STOPPED)
-        if self.control.pausing():
-            raise _Interrupted(Outcome.PAUSED)
-        if not lease.hand_over():
-            raise _Interrupted(Outcome.HANDED_OVER)

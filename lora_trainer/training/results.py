@@ -16,6 +16,8 @@ from lora_trainer.events import EventSink, Notice, StepDone
 READ_EVERY_SECONDS = 0.5
 READ_EVERY_STEPS = 64
 MAX_BAD_STEPS = 25
+# Seconds in which somebody else can have done something.
+SHARED = 0.05
 
 
 class DivergedError(UserError):
@@ -43,7 +45,8 @@ class Results:
     """Collects `source` ((loss, gradient norm, held back) on the device) after each update and reports in batches.
 
     `step` is the last update reported; `mean_loss` is over the last `window` good ones, of which `losses` may hold some
-    from before; `fastest` is the least time a step took, which leaves out a warm-up.
+    from before; `fastest` is the least time a step took, which leaves out a warm-up. `watch` is asked with the time a
+    step of each report, and `spilled` is what it answered last.
     """
 
     source: Tensor
@@ -54,14 +57,19 @@ class Results:
     step: int = 0
     bad_in_a_row: int = 0
     fastest: float = 0.0
+    watch: Callable[[float], bool] = lambda seconds: False
+    clock: Callable[[], float] = time.perf_counter
+    spilled: bool = False
     _ring: Tensor = field(init=False)
     _pending: list[tuple[int, int, float]] = field(default_factory=list)
     _sent: deque[_Sent] = field(default_factory=deque)
-    _since: float = field(default_factory=time.perf_counter)
-    _asked: float = field(default_factory=time.perf_counter)
+    _since: float = field(init=False)
+    _asked: float = field(init=False)
+    _others: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
         self.losses = deque(self.losses, maxlen=self.window)
+        self._since = self._asked = self.clock()
         self._ring = torch.zeros(READ_EVERY_STEPS, *self.source.shape, device=self.source.device)
 
     @property
@@ -72,7 +80,7 @@ class Results:
         """Note update `step` (from 1); nobody waits for its figures. Raises DivergedError."""
         self._ring[len(self._pending)].copy_(self.source)
         self._pending.append((step, epoch, learning_rate))
-        waited = time.perf_counter() - self._asked
+        waited = self.clock() - self._asked
         if waited > READ_EVERY_SECONDS or len(self._pending) == READ_EVERY_STEPS:
             self._send()
         while self._sent and self._sent[0].arrived():
@@ -88,7 +96,7 @@ class Results:
 
     def _send(self) -> None:
         """Start copying what is noted to the host."""
-        self._asked = time.perf_counter()
+        self._asked = self.clock()
         if not self._pending:
             return
         rows, arrived = self._ring[: len(self._pending)], lambda: True
@@ -101,9 +109,13 @@ class Results:
         self._pending = []
 
     def _report(self, sent: _Sent) -> None:
-        now = time.perf_counter()
-        seconds = (now - self._since) / len(sent.noted)
-        self.fastest = min(seconds, self.fastest or seconds)
+        now = self.clock()
+        seconds = max(0.0, now - self._since - self._others) / len(sent.noted)
+        # While others have the GPU, ours is still busy with what it was given: such times say little.
+        alone = self._others == 0
+        if alone or not self.fastest:
+            self.fastest = min(seconds, self.fastest or seconds)
+        self.spilled = alone and self.watch(seconds)
         memory = _reserved(self.source.device)
         for (step, epoch, rate), (loss, norm, bad) in zip(sent.noted, sent.rows.tolist(), strict=True):
             self._count(step, bad > 0)
@@ -122,11 +134,15 @@ class Results:
                     memory=memory,
                 )
             )
-        self._since = now
+        self._since, self._others = now, 0.0
 
     def restart_clock(self) -> None:
         """What came since the last read was no training."""
-        self._since = time.perf_counter()
+        self._since, self._others = self.clock(), 0.0
+
+    def shared(self, seconds: float) -> None:
+        """For so long the GPU was offered to others, and theirs if that took time."""
+        self._others += seconds if seconds > SHARED else 0.0
 
     def _count(self, step: int, bad: bool) -> None:
         self.bad_in_a_row = self.bad_in_a_row + 1 if bad else 0

@@ -37,7 +37,7 @@ FREE = frozenset(
         ),
         *("sample_prompts", "sample_every", "sample_steps", "sample_guidance", "sample_negative_prompt"),
         *("output_format", "save_precision", "metadata_private", "training_comment", "cpu_threads", "device", "trial"),
-        *("gradient_checkpointing", "enable_xformers"),
+        *("gradient_checkpointing", "enable_xformers", "kernels", "auto_fit"),
     }
 )
 

@@ -42,7 +42,10 @@ def run(
         started_at = begun.kept.facts.started_at if begun.kept is not None else clock()
         output = Output(config, host.store, sink, begun.name, started_at, clock, host.painter)
         job = Job(config, items, output, sink, control or StopOnly(), begun)
-        outcome = _segments(job, host)
+        try:
+            outcome = _segments(job, host)
+        finally:
+            job.close()
         if config.trial and outcome is Outcome.DONE:
             sink(Notice(text=trial.forecast(*full, job.measured)))
         finished = _finished(job, outcome, time.perf_counter() - began)

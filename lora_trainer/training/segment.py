@@ -30,7 +30,7 @@ from lora_trainer.training.optimizers import AdamWSettings, FlatAdamW, Optimizer
 from lora_trainer.training.precision import LossScaler, resolve
 from lora_trainer.training.snapshot import Snapshot, restore
 from lora_trainer.training.step import ForwardBackward, Network, Update
-from lora_trainer.training.tier import Tier, choose_tier
+from lora_trainer.training.tier import ChooseOps, Tier, choose_tier
 from lora_trainer.training.trainables import Trainables
 from lora_trainer.training.working import WorkingCopy
 
@@ -85,6 +85,12 @@ class Segment:
         restore(state, self.live(), self.trainables.slots)
         self.working.refresh()
 
+    def begin_again(self, state: State) -> None:
+        """As `restore`, without what was added up since the last update."""
+        self.trainables.grads.zero_()
+        self.update.loss.zero_()
+        self.restore(state)
+
     def make_room(self) -> None:
         """Before somebody else uses the GPU: what the captured step holds, where memory is short."""
         device = self.captures.device
@@ -93,8 +99,13 @@ class Segment:
 
 
 @contextmanager
-def open_segment(config: Config, model: Model, state: State | None, plan: Plan | None = None) -> Iterator[Segment]:
-    """Inject the adapters into `model`'s views and go on from `state`; the views are clean of hooks afterwards."""
+def open_segment(
+    config: Config, model: Model, state: State | None, plan: Plan | None = None, choose: ChooseOps | None = None
+) -> Iterator[Segment]:
+    """Inject the adapters into `model`'s views and go on from `state`; the views are clean of hooks afterwards.
+
+    `choose` is asked for the operations; left out, for the fastest ones at once.
+    """
     precision, _ = resolve(config.mixed_precision, model.facts.device)
     adapters = injected(config, model)
     downs = {name: down for adapter in adapters.values() for name, down in adapter.downs().items()}
@@ -105,7 +116,7 @@ def open_segment(config: Config, model: Model, state: State | None, plan: Plan |
             {part: adapter.parameters() for part, adapter in adapters.items()},
             {"text_encoder": text_encoder_lr_of(config) / config.learning_rate},
         )
-        tier = choose_tier(config, model, precision)
+        tier = choose_tier(config, model, precision, choose)
         working = WorkingCopy(trainables, precision.compute, collects=tier.ops.collects)
         found = ChainMap(*(sites(adapter, working, dropout) for adapter in adapters.values()))
         fused = Fused(tier.ops, precision.compute, found, tier.kernels)

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 from lora_trainer.config import Config, output_name_of, replace
 from lora_trainer.dataset.items import Item
+from lora_trainer.logs import in_words
 from lora_trainer.training.data import Items
+from lora_trainer.training.forecast import Need
 
 IMAGES = 8
 STEPS = 4
@@ -37,11 +39,12 @@ def _pick(items: Sequence[Item]) -> tuple[Item, ...]:
 
 @dataclass
 class Measured:
-    """Seconds an image for preparing, an update for training, a held-out image for validating."""
+    """Seconds an image for preparing, an update for training, a held-out image for validating; on a GPU the need."""
 
     prepare: float = 0.0
     step: float = 0.0
     validate: float = 0.0
+    need: Need | None = None
 
 
 def forecast(config: Config, items: Items, measured: Measured) -> str:
@@ -52,18 +55,9 @@ def forecast(config: Config, items: Items, measured: Measured) -> str:
     prepare = measured.prepare * (len(items.train) + len(items.held_out))
     validate = measured.validate * len(items.held_out) * validations
     train = measured.step * steps
-    parts = [f"preparing {duration(prepare)}", f"training {duration(train)}"]
+    parts = [f"preparing {in_words(prepare)}", f"training {in_words(train)}"]
     if items.held_out:
-        parts.append(f"validating {duration(validate)}")
-    total = duration(prepare + train + validate)
-    return f"trial passed: the full run has {steps} steps and will take about {total} ({', '.join(parts)})"
-
-
-def duration(seconds: float) -> str:
-    """45 s, 3 min 20 s, 2 h 5 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
+        parts.append(f"validating {in_words(validate)}")
+    total = in_words(prepare + train + validate)
+    need = f", {measured.need}" if measured.need is not None else ""
+    return f"trial passed: the full run has {steps} steps{need} and will take about {total} ({', '.join(parts)})"

@@ -183,7 +183,7 @@ def _numbers(job: JobView) -> str:
     if job.learning_rate is not None:
         tiles.append(("Learning rate", f"{job.learning_rate:.2g}"))
     if job.memory is not None:
-        tiles.append(("Memory", memory(job.memory)))
+        tiles.append(("Memory", memory(job.memory, job.available)))
     if job.started is not None and job.finished is not None:
         tiles.append(("Took", duration(job.finished - job.started)))
     cells = "".join(f"<div><dt>{safe(name)}</dt><dd>{safe(value)}</dd></div>" for name, value in tiles)

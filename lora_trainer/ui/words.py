@@ -38,7 +38,9 @@ def step_time(seconds: float) -> str:
     return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.2f} s"
 
 
-def memory(size: int) -> str:
+def memory(size: int, available: int | None = None) -> str:
+    if available is not None:
+        return f"{size / 1024**3:.1f} of {available / 1024**3:.1f} GiB"
     return f"{size / 1024**3:.1f} GiB" if size >= 1024**3 else f"{size / 1024**2:.0f} MiB"
 
 

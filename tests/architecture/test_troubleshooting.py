@@ -15,7 +15,7 @@ def test_errors_of_every_kind_are_found():
         ("ConfigError", "config/rules.py"),
         ("DataError", "dataset/images.py"),
         ("DivergedError", "training/results.py"),
-        ("OutOfMemoryError", "training/job.py"),
+        ("OutOfMemoryError", "training/planning.py"),
         ("OutputError", "files.py"),
         ("ResumeError", "training/resume.py"),
     } <= found

@@ -53,8 +53,8 @@ def ordinary(monkeypatch):
     monkeypatch.setattr(segments, "fuse", lambda network, fused: nullcontext())
     original = segments.choose_tier
 
-    def choose(config, model, precision):
-        tier = original(config, model, precision)
+    def choose(*given):
+        tier = original(*given)
         plain = {"ops": PlainOps(), "captured": False, "kernels": {}, "memory_format": torch.contiguous_format}
         return replace(tier, **plain)
 

@@ -14,8 +14,8 @@ from lora_trainer.training import segment as segments
 from lora_trainer.training.capture import Captures, out_of_memory
 from lora_trainer.training.checkpointing import checkpointed
 from lora_trainer.training.fused import fuse
-from lora_trainer.training.job import OutOfMemoryError
 from lora_trainer.training.ladder import Plan
+from lora_trainer.training.planning import OutOfMemoryError
 from lora_trainer.training.prefetch import ahead
 from lora_trainer.training.step import Batch, ForwardBackward
 from tests.unit.test_run import lora_of, of, train

@@ -26,6 +26,8 @@ from lora_trainer.events import Finished, Notice, Saved, StepDone, Validated
 from lora_trainer.hosts.ports import Host
 from lora_trainer.hosts.standalone import AloneLease, FileModels, FolderStore
 from lora_trainer.jobs.control import JobControl
+from lora_trainer.kernels.choose import Kernels
+from lora_trainer.training import job as jobs
 from lora_trainer.training import keeper, objectives, results
 from lora_trainer.training.control import StopOnly
 from lora_trainer.training.results import DivergedError
@@ -507,6 +509,14 @@ def test_names_in_any_script(job, name):
     job(output_name=name)
     assert (job.out / f"{name}.safetensors").exists()
     assert not list(job.out.rglob("*.tmp"))
+
+
+def test_it_stays_on_the_kernels_it_began_with(job, expected, monkeypatch):
+    made = []
+    monkeypatch.setattr(jobs, "Kernels", lambda *given: made.append(given) or Kernels(*given))
+    job.killed(at_step(5))
+    assert weights(job()) == weights(expected)
+    assert made == [("auto", ""), ("auto", "plain torch")]
 
 
 def test_an_update_that_brings_a_setting_ends_no_run(job, expected, monkeypatch):

@@ -42,6 +42,7 @@ IDLE = {
     "validations": (),
     "eta": None,
     "memory": None,
+    "available": None,
     "log": (),
     "output": (),
     "error": None,
@@ -327,6 +328,7 @@ def test_durations_and_sizes_in_words():
     ]
     assert [step_time(0.186), step_time(2.5)] == ["186 ms", "2.50 s"]
     assert [memory(300 * 1024**2), memory(5 * 1024**3)] == ["300 MiB", "5.0 GiB"]
+    assert memory(5 * 1024**3, 8 * 1024**3) == "5.0 of 8.0 GiB"
 
 
 def test_the_curve_is_bounded_and_survives_what_is_not_finite():

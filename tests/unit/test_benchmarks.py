@@ -1,0 +1,56 @@
+"""What is made of measured steps: the plot, the tables, the estimate. What measures them needs a GPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from benchmarks import estimate, plot, step
+
+ROOT = Path(__file__).parents[2]
+NEWEST = sorted((ROOT / "benchmarks" / "results").glob("*.jsonl"))[-1]
+
+
+def test_the_page_and_the_plot_are_fresh():
+    lines = plot.read([NEWEST])
+    text = plot.PAGE.read_text(encoding="utf-8")
+    again = f"run: python -m benchmarks.plot {NEWEST.relative_to(ROOT)}"
+    assert text == plot.page(text, lines), again
+    assert plot.PICTURE.read_text(encoding="utf-8") == plot.svg(lines), again
+
+
+def test_a_plot_has_a_bar_as_long_as_each_step():
+    lines = [{**plot.read([NEWEST])[0], "median_ms": ms, "card": "a <card>"} for ms in (10.0, 20.0)]
+    lines[1] |= {"what": "kohya", "peak_reserved_bytes": None}
+    root = ElementTree.fromstring(plot.svg(lines))
+    bars = [float(rect.get("width")) for rect in root.iter("{http://www.w3.org/2000/svg}rect")][1:]
+    assert bars[1] == pytest.approx(2 * bars[0])
+    words = [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert "a <card>" in words[0]
+    assert words[-2].startswith("kohya, SD1.5")
+    assert words[-1] == "20.0 ms"
+
+
+def test_an_estimate_is_of_the_measured_step():
+    h100 = estimate.MEASURED[0]
+    half = estimate.Card("half", 8, h100.tflops / 2, h100.bandwidth / 2)
+    least, most = estimate.scaled(10.0, h100, half)
+    assert most == pytest.approx(20.0)
+    assert least == pytest.approx((8.3 / 2 + 1.7) * 2)
+
+
+def test_a_measured_step_can_be_plotted(tmp_path, monkeypatch, capsys):
+    """The line that `benchmarks.step` adds to a file has what the plot reads."""
+    report = {"median_ms": 12.5, "steps": 100, "peak_reserved_bytes": 2**31, "told": []}
+    monkeypatch.setattr(step, "measure", lambda work, **given: dict(report))
+    out = tmp_path / "new.jsonl"
+    for _ in range(2):
+        step.main(["sdxl", "batch=2", "resolution=1024", "checkpointing=1", "kernels=plain", f"out={out}"])
+    first, second = plot.read([out])
+    assert json.loads(capsys.readouterr().out.splitlines()[0]) == first
+    assert plot.label(second) == "SDXL, 1024², batch 2, no dropout, checkpointing, plain torch"
+    row = plot.table([first]).splitlines()[2]
+    assert row == "| SDXL, 1024², batch 2, no dropout, checkpointing, plain torch | 12.5 | 160 | 2.00 |"
