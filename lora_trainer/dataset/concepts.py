@@ -14,6 +14,7 @@ from pathlib import Path
 
 from lora_trainer.config.schema import MAX_REPEATS, Concept
 from lora_trainer.dataset.images import IMAGE_SUFFIXES
+from lora_trainer.errors import printable
 
 # Hugging Face's words for the splits of a data set (datasets/data_files.py).
 _TRAIN = ("train", "training")
@@ -54,7 +55,7 @@ def layout(folder: Path, concepts: Sequence[Concept] = ()) -> Layout:
         others = [place.name for place in folders if place not in split]
         if others:
             note = f"{folder}: only {split[0].name} is trained on; {_listing(others)} can be the validation_data_dir"
-            return Layout((split[0],), notes=(note,), partial=True)
+            return Layout((split[0],), notes=(printable(note),), partial=True)
         return Layout((split[0],))
     with_pictures = [place for place in folders if _listed(place)[1]]
     return _numbered(folder, with_pictures, loose=loose)
@@ -78,12 +79,12 @@ def _numbered(folder: Path, with_pictures: Sequence[Path], *, loose: bool) -> La
         others = _listing([place.name for place, concept in read.items() if concept is None])
         first = next(iter(found)).name
         note = f"{folder}: numbers such as that of {first} repeat no pictures, since {others} has none"
-        return Layout((folder,), notes=(note,))
+        return Layout((folder,), notes=(printable(note),))
     told = _listing([f"{concept.repeats} × {place.name}" for place, concept in found.items()])
     note = f"{folder}: an epoch repeats the pictures of folders as their names say: {told}"
     if loose:
         note += "; those in no sub-folder once"
-    return Layout((folder,), found, (note,))
+    return Layout((folder,), found, (printable(note),))
 
 
 def numbered(name: str) -> Concept | None:

@@ -14,7 +14,7 @@ from lora_trainer.dataset.captions import Complain, clean, posix, read_metadata,
 from lora_trainer.dataset.concepts import Layout, layout
 from lora_trainer.dataset.folders import files_of
 from lora_trainer.dataset.images import IMAGE_SUFFIXES
-from lora_trainer.errors import DataError
+from lora_trainer.errors import DataError, printable
 
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl")
 PARQUET = "metadata.parquet"
@@ -227,7 +227,7 @@ class _Reading:
         if words:
             count = f"{len(words)} of {len(self.images)} pictures have no caption of their own"
             listed = _few([f'"{text}"' for text in dict.fromkeys(words.values())])
-            self.notes.append(f"{self.folder}: {count}: they get that of their concept, {listed}")
+            self.notes.append(printable(f"{self.folder}: {count}: they get that of their concept, {listed}"))
 
     def add_names(self) -> None:
         """Better than nothing, and said aloud."""
