@@ -16,8 +16,8 @@ def settings_schema() -> dict[str, Any]:
     """An object schema whose properties also carry their group."""
     declared = msgspec.json.schema(Config)["$defs"]["Config"]["properties"]
     for key, option in options().items():
-        if option.entry:
-            declared[key]["items"] = _entry(option.entry)
+        if option.struct:
+            declared[key]["items"] = _entry(option.struct)
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "Settings of a LoRA Trainer job",

@@ -22,9 +22,9 @@ class Problem(ValueError):
 
 def convert(option: Option, value: object) -> Any:
     """`value` as the option's type. Raises Problem, which names key, expectation and value."""
-    if option.entry and isinstance(value, (list, tuple)):
+    if option.struct and isinstance(value, (list, tuple)):
         return [_entry(option, number, entry) for number, entry in enumerate(value, start=1)]
-    if option.entry:
+    if option.struct:
         return [_entry(option, 1, value)]
     try:
         prepared = _prepare(option, value)
@@ -39,15 +39,15 @@ def convert(option: Option, value: object) -> Any:
 
 def _entry(option: Option, number: int, value: object) -> msgspec.Struct:
     """One struct of a list: a mapping, or a text with its first field or with {a mapping}. Raises Problem."""
-    assert option.entry is not None
-    fields, where = options_of(option.entry), f"{option.key}, entry {number}"
+    assert option.struct is not None
+    fields, where = options_of(option.struct), f"{option.key}, entry {number}"
     first, *others = fields
     if isinstance(value, str):
         try:
             value = parse_yaml(value) if value.lstrip().startswith("{") else {first: value}
         except YamlProblem as problem:
             raise Problem(f"{where}: expected {{{first}: …}}, found {shown(value)} ({problem})") from None
-    if isinstance(value, option.entry):
+    if isinstance(value, option.struct):
         value = msgspec.to_builtins(value)
     if not isinstance(value, Mapping):
         raise Problem(f"{option.key}: expected {option.expected}, found {shown(value)}")
@@ -57,7 +57,7 @@ def _entry(option: Option, number: int, value: object) -> msgspec.Struct:
     if first not in value:
         raise Problem(f"{where}: expected a {first}, found none")
     try:
-        return option.entry(**{key: convert(fields[key], given) for key, given in value.items()})
+        return option.struct(**{key: convert(fields[key], given) for key, given in value.items()})
     except Problem as problem:
         raise Problem(f"{where}, {problem}") from None
 

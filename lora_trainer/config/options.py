@@ -18,7 +18,7 @@ _NOUNS = {int: "a whole number", float: "a number", str: "text", bool: "true or 
 
 @dataclass(frozen=True)
 class Option:
-    """A setting as users meet it. `kind` is its plain type: bool, int, float, str, list or Literal; `entry` what a
+    """A setting as users meet it. `kind` is its plain type: bool, int, float, str, list or Literal; `struct` what a
     list holds where that is no text."""
 
     key: str
@@ -29,7 +29,7 @@ class Option:
     default: Any
     required: bool
     optional: bool
-    entry: type[msgspec.Struct] | None = None
+    struct: type[msgspec.Struct] | None = None
 
     @property
     def help(self) -> str:
@@ -46,8 +46,8 @@ class Option:
             words = (
                 " or ".join([", ".join(self.choices[:-1]), self.choices[-1]]) if self.choices[1:] else self.choices[0]
             )
-        elif self.entry:
-            first, *others = options_of(self.entry)
+        elif self.struct:
+            first, *others = options_of(self.struct)
             words = f"a list of {first}s or of {{{', '.join([first, *others])}}}"
         elif self.kind is list:
             words = "a list of texts" if not self.meta.min_length else "a list of at least one text"
@@ -97,7 +97,7 @@ def _option(field: msgspec.structs.FieldInfo, hint: Any) -> Option:
         default=None if default is msgspec.NODEFAULT else default,
         required=field.required,
         optional=len(parts) > 1,
-        entry=held if isinstance(held, type) and issubclass(held, msgspec.Struct) else None,
+        struct=held if isinstance(held, type) and issubclass(held, msgspec.Struct) else None,
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from lora_trainer.config.options import options
 from lora_trainer.imports.taken import Taken, side_of
 
-# Of captions and pictures: theirs, ours where there is such an option.
+# Of captions and pictures: theirs, and ours where there is such an option. Their defaults are off.
 AUGMENT = {
     "shuffle_caption": "shuffle_captions",
     "keep_tokens": "keep_tokens",
@@ -16,9 +16,11 @@ AUGMENT = {
     "caption_tag_dropout_rate": "tag_dropout",
     "caption_prefix": "caption_prefix",
     "caption_suffix": "caption_suffix",
+    "enable_wildcard": "wildcards",
     "flip_aug": "flip",
-    "random_crop": "random_crop",
+    "random_crop": "crop",
 }
+_ABSENT: dict[str, object] = {"caption_prefix": "", "caption_suffix": "", "keep_tokens": 0}
 _CACHED = "cache_dir keeps what is encoded; without it, it is kept in memory"
 REASONS = {
     "cache_latents": "always so here",
@@ -58,7 +60,16 @@ def data_set(taken: Taken, values: dict[str, Any], name: Callable[[str], str] = 
         taken.leave(name("caption_extension"), ending, "captions are read from .txt and .caption files")
     for theirs, ours in AUGMENT.items():
         if theirs in values and ours in options():
-            taken.take(ours, values.pop(theirs), name(theirs))
+            value = values.pop(theirs)
+            taken.take(ours, ("random" if value else "center") if ours == "crop" else value, name(theirs))
+    if "keep_tokens" in options() and values.get("keep_tokens_separator") == "|||":
+        # The same mark there and here.
+        del values["keep_tokens_separator"]
+
+
+def off(theirs: str) -> object:
+    """What it means there when one of AUGMENT is not said."""
+    return _ABSENT.get(theirs, 0.0 if theirs.endswith("_rate") else False)
 
 
 def _resolution(taken: Taken, value: object, name: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lora_trainer.config.options import options
 from lora_trainer.imports import kohya
 from lora_trainer.imports.places import concept_of, take_concepts
 from lora_trainer.imports.taken import Taken
@@ -26,7 +27,7 @@ def recognises(data: object) -> bool:
 
 def read(data: Mapping[str, Any]) -> Taken:
     """Folders become concepts; values that hold for a subset there hold for the run here, so the first counts."""
-    taken, entries = Taken(), []
+    taken, entries, known = Taken(), [], []
     general = _table(taken, "general", data.get("general", {}))
     datasets = data["datasets"]
     # [[datasets.subsets]] without [[datasets]] before it, as in kohya's docs/masked_loss_README.md.
@@ -39,7 +40,11 @@ def read(data: Mapping[str, Any]) -> Taken:
         for index, subset in enumerate(subsets):
             where = f"datasets[{number}].subsets[{index}]"
             levels = {f"{where}.": _table(taken, where, subset), f"datasets[{number}].": own, "general.": general}
-            entries += _subset(taken, where, levels)
+            known.append((where, levels))
+    said = {key for _, levels in known for level in levels.values() for key in level}
+    silent = {key: kohya.off(key) for key, ours in kohya.AUGMENT.items() if key in said and ours in options()}
+    for where, levels in known:
+        entries += _subset(taken, where, {**levels, "kohya's default ": silent})
     take_concepts(taken, entries)
     taken.leave_all({key: value for key, value in data.items() if key not in ("general", "datasets")}, {})
     return taken

@@ -82,6 +82,8 @@ def recognises(data: object) -> bool:
 def read(data: Mapping[str, Any]) -> Taken:
     taken = Taken()
     given = _flat(taken, data)
+    unsaid = {key: given.pop(key) for key, value in list(given.items()) if value is None}
+    taken.leave_all(unsaid, {})
     values = dict(given)
     if any(key in given for key in ("train_data_dir", "pretrained_model_name_or_path")):
         values = {**_DEFAULTS, **given}
@@ -96,6 +98,9 @@ def read(data: Mapping[str, Any]) -> Taken:
     _optimizer(taken, values)
     _saving(taken, values)
     _previews(taken, values)
+    if values.get("network_alpha") == 0 and "network_dim" in values:
+        taken.remarks.append("network_alpha 0: that means the rank there")
+        values["network_alpha"] = values["network_dim"]
     for theirs, ours in _SAME.items():
         if theirs in values:
             taken.take(ours, values.pop(theirs), theirs)
@@ -212,5 +217,5 @@ _FLAGS = {"n": "sample_negative_prompt", "l": "sample_guidance", "s": "sample_st
 
 def _alpha(taken: Taken) -> None:
     settings = taken.settings
-    if settings.get("lora_rank") and "lora_alpha" in settings:
+    if "lora_rank" in settings and "lora_alpha" in settings:
         taken.remarks.append(kohya.scale_remark(settings))

@@ -41,7 +41,7 @@ _OF = {
 }
 _AUGMENT = {
     "enable_random_flip": "flip",
-    "enable_crop_jitter": "random_crop",
+    "enable_crop_jitter": "crop",
     "enable_tag_shuffling": "shuffle_captions",
     "keep_tags_count": "keep_tokens",
     "tag_dropout_probability": "tag_dropout",
@@ -130,7 +130,9 @@ def _part(taken: Taken, where: str, values: dict[str, Any]) -> None:
         taken.leave(f"{where}prompt_path", path, "one file of captions for all: give the concept a caption instead")
     if on.get("tag_delimiter") == ",":
         del on["tag_delimiter"]
+    modes = {"tag_dropout_probability"} if on.get("tag_dropout_mode") != "RANDOM" else set()
     for theirs, ours in _AUGMENT.items():
-        if theirs in on and ours in options():
-            taken.take(ours, on.pop(theirs), f"{where}{theirs}")
+        if theirs in on and ours in options() and theirs not in modes:
+            value = on.pop(theirs)
+            taken.take(ours, "random" if ours == "crop" else value, f"{where}{theirs}")
     taken.leave_all(on, dict.fromkeys(on, "no such option here"), where)

@@ -7,7 +7,7 @@ import posixpath
 from typing import Any
 
 from lora_trainer.config.convert import Problem, convert
-from lora_trainer.config.options import options_of
+from lora_trainer.config.options import options_of, options
 from lora_trainer.config.schema import Concept
 from lora_trainer.imports.taken import Taken
 
@@ -19,7 +19,8 @@ def take_concepts(taken: Taken, entries: list[tuple[str, dict[str, Any]]]) -> No
         folder = concept["folder"]
         again = concepts.setdefault(_rules([folder]).normpath(folder), concept) is not concept
         if again:
-            taken.leave(source, folder, "the same folder again: a picture belongs to one concept")
+            sizes = "; extra_resolutions shows pictures at other sizes too" if "extra_resolutions" in options() else ""
+            taken.leave(source, folder, f"the same folder again: a picture belongs to one concept{sizes}")
     if not concepts:
         return
     home = _common([concept["folder"] for concept in concepts.values()])

@@ -351,6 +351,10 @@ def test_kohyas_alpha_of_1_is_said(tmp_path):
     settings, _, remarks = taken(tmp_path, "x.toml", "train_data_dir = 'a'\nnetwork_dim = 8\nlearning_rate = 1e-4\n")
     assert (settings["lora_alpha"], settings["max_train_steps"], settings["text_encoder_lr"]) == (1, 1600, 1e-4)
     assert any("alpha / rank = 1 / 8 = 0.125" in remark for remark in remarks)
+    settings, _, _ = taken(tmp_path, "x.json", '{"train_data_dir": "a", "network_dim": 8, "network_alpha": 0}')
+    assert settings["lora_alpha"] == 8
+    settings, left, _ = taken(tmp_path, "x.json", '{"train_data_dir": "a", "network_dim": 8, "network_alpha": null}')
+    assert settings["lora_alpha"] == 1
     # A preset says only what it changes.
     preset = "[metadata]\nname = 'x'\n[data]\nresolution = '768,768'\nbucket_no_upscale = true\n"
     settings, left, _ = taken(tmp_path, "x.toml", preset)
