@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,7 +13,7 @@ from lora_trainer.config.export import dump
 from lora_trainer.config.options import options
 from lora_trainer.errors import ConfigError, printable, shown
 from lora_trainer.imports import kohya_dataset, lora_scripts, onetrainer
-from lora_trainer.imports.taken import Taken
+from lora_trainer.imports.taken import OFF, Taken
 
 # Of more than this, reading TOML takes many seconds; nobody writes so much by hand.
 MAX_FILE_BYTES = 256 * 1024
@@ -53,8 +53,8 @@ def to_yaml(path: Path, name: str, taken: Taken) -> str:
     """The settings, with all that did not become one in comments above them."""
     settings = taken.plain()
     text = dump({key: settings[key] for key in options() if key in settings})
-    head = [f"Made from {path.name}, {name}.", *(f"needed: {line}" for line in missing(taken)), *told(taken)]
-    return "".join(f"# {printable(line)}\n" for line in head) + "\n" + text
+    head = [f"Made from {printable(path.name)}, {name}.", *(f"needed: {line}" for line in missing(taken)), *told(taken)]
+    return "".join(f"# {line}\n" for line in head) + "\n" + text
 
 
 def missing(taken: Taken) -> list[str]:
@@ -64,21 +64,19 @@ def missing(taken: Taken) -> list[str]:
 
 
 def told(taken: Taken) -> list[str]:
-    """The remarks, then what was left, under each reason once."""
-    reasons: dict[str, list[str]] = {}
-    for left in taken.left:
-        entry = f"{left.key} = {printable(shown(left.value), _VALUE)}"
-        entries = reasons.setdefault(left.why, [])
-        if entry not in entries:
-            entries.append(entry)
-    lines = list(taken.remarks)
-    for why, entries in reasons.items():
-        lines += (
-            [f"not taken over: {entry} ({why})" for entry in entries]
-            if len(entries) == 1
-            else [f"not taken over ({why}): {', '.join(entries)}"]
-        )
-    return lines
+    """The remarks, then what was left, under each reason once; what was off anyway comes last. Safe to print."""
+    reasons: dict[str, dict[str, None]] = {}
+    for left in sorted(taken.left, key=lambda left: left.why == OFF):
+        entry = f"{printable(left.key, _VALUE)} = {printable(shown(left.value), _VALUE)}"
+        reasons.setdefault(left.why, {})[entry] = None
+    lines = [f"not taken over: {part} ({why})" for why, entries in reasons.items() for part in _parts(list(entries))]
+    return [printable(line) for line in (*taken.remarks, *lines)]
+
+
+def _parts(entries: Sequence[str], most: int = 4) -> Iterator[str]:
+    """A few on a line, so that none has to be cut."""
+    for start in range(0, len(entries), most):
+        yield ", ".join(entries[start : start + most])
 
 
 def _text(path: Path) -> str:

@@ -524,3 +524,12 @@ def test_a_file_that_is_none_is_one_line(tmp_path, capsys, name, content, words)
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(ConfigError, match="cannot be read: No such file"):
         read_file(tmp_path / "x.toml")
+
+
+def test_however_much_is_left_all_of_it_is_named(tmp_path, capsys):
+    lines = ["train_data_dir = 'a'", *(f"unknown_key_number_{number} = '{'x' * 150}'" for number in range(200))]
+    path, target = tmp_path / "x.toml", tmp_path / "run.yaml"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    assert main(["import", str(path), "--output", str(target)]) == 0
+    for text in (capsys.readouterr().out, target.read_text(encoding="utf-8")):
+        assert all(f"unknown_key_number_{number} = 'x" in text for number in range(200))
