@@ -32,13 +32,14 @@ class Layout:
     notes: tuple[str, ...] = ()
     partial: bool = False
 
-    def concept(self, picture: Path) -> Concept:
-        """What holds of a picture; the default where nothing was said."""
-        return next((self.concepts[place] for place in picture.parents if place in self.concepts), _PLAIN)
-
     def home(self, picture: Path) -> Path | None:
-        """The folder of its concept."""
+        """The folder of a picture's concept; None where nothing was said."""
         return next((place for place in picture.parents if place in self.concepts), None)
+
+    def concept(self, picture: Path) -> Concept:
+        """What holds of a picture."""
+        home = self.home(picture)
+        return _PLAIN if home is None else self.concepts[home]
 
 
 _PLAIN = Concept(folder=".")
