@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from lora_trainer.config.options import Option, options_of, options
+from lora_trainer.config.options import Option, options, options_of
 from lora_trainer.config.yaml_text import YamlProblem, parse_yaml
 from lora_trainer.errors import printable, shown
 

@@ -20,6 +20,8 @@ METADATA_NAMES = ("metadata.csv", "metadata.jsonl")
 PARQUET = "metadata.parquet"
 SIDECARS = (".txt", ".caption")
 FROM_NAME, FROM_CONCEPT = "file name", "concept"
+# Sources of captions that nobody wrote for the picture.
+STAND_INS = (FROM_NAME, FROM_CONCEPT)
 # Pictures of kinds that are not read, which it would be wrong to pass over in silence.
 OTHER_PICTURES = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".psd", ".svg", ".tga", ".dng", ".cr2", ".nef")
 # Names that cameras and programs give say nothing about the picture: IMG_0001, DSC1234, 20240101_120000, a hash.

@@ -7,7 +7,7 @@ import posixpath
 from typing import Any
 
 from lora_trainer.config.convert import Problem, convert
-from lora_trainer.config.options import options_of, options
+from lora_trainer.config.options import options, options_of
 from lora_trainer.config.schema import Concept
 from lora_trainer.imports.taken import Taken
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lora_trainer.config import build
 from lora_trainer.config.export import to_header, to_yaml
-from lora_trainer.config.options import Option, options_of, options
+from lora_trainer.config.options import Option, options, options_of
 from lora_trainer.errors import ConfigError
 
 NEEDED = {"train_data_dir": "d", "base_model": "b.safetensors"}
