@@ -21,6 +21,7 @@ from lora_trainer.config.sources import parse_overrides, read_file
 from lora_trainer.doctor import command as doctor
 from lora_trainer.errors import UserError
 from lora_trainer.events import Finished
+from lora_trainer.imports import command as imports
 from lora_trainer.logs import TerminalLog
 from lora_trainer.report import report
 
@@ -68,6 +69,8 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_arguments(check)
     caption = add("caption", _caption, "Write captions for a folder of pictures with a model.")
     captioning.add_arguments(caption)
+    importing = add("import", _import, "Turn a file of kohya, lora-scripts or OneTrainer into settings for train.")
+    imports.add_arguments(importing)
     demo = add("demo", _demo, "Train on the bundled pictures and draw what changed.")
     demo.add_argument("--out", type=Path, default=Path("demo-output"))
     demo.add_argument("--json", action="store_true", help="end with one line of JSON on standard output")
@@ -118,6 +121,11 @@ def _caption(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     finally:
         log.close()
     print(json.dumps(result.as_dict()) if arguments.json else result.summary())
+    return DONE
+
+
+def _import(arguments: argparse.Namespace, _: Sequence[str]) -> int:
+    imports.run(arguments)
     return DONE
 
 

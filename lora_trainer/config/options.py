@@ -18,7 +18,8 @@ _NOUNS = {int: "a whole number", float: "a number", str: "text", bool: "true or 
 
 @dataclass(frozen=True)
 class Option:
-    """A setting as users meet it. `kind` is its plain type: bool, int, float, str, list or Literal."""
+    """A setting as users meet it. `kind` is its plain type: bool, int, float, str, list or Literal; `struct` what a
+    list holds where that is no text."""
 
     key: str
     type: Any
@@ -28,6 +29,7 @@ class Option:
     default: Any
     required: bool
     optional: bool
+    struct: type[msgspec.Struct] | None = None
 
     @property
     def help(self) -> str:
@@ -44,6 +46,9 @@ class Option:
             words = (
                 " or ".join([", ".join(self.choices[:-1]), self.choices[-1]]) if self.choices[1:] else self.choices[0]
             )
+        elif self.struct:
+            first, *others = options_of(self.struct)
+            words = f"a list of {first}s or of {{{', '.join([first, *others])}}}"
         elif self.kind is list:
             words = "a list of texts" if not self.meta.min_length else "a list of at least one text"
         else:
@@ -79,6 +84,7 @@ def _option(field: msgspec.structs.FieldInfo, hint: Any) -> Option:
     annotated = next(part for part in parts if get_origin(part) is Annotated)
     inner, meta = get_args(annotated)
     choices = get_args(inner) if get_origin(inner) is Literal else ()
+    held = get_args(inner)[0] if get_origin(inner) is list else None
     default = field.default
     if field.default_factory is not msgspec.NODEFAULT:
         default = field.default_factory()
@@ -91,6 +97,7 @@ def _option(field: msgspec.structs.FieldInfo, hint: Any) -> Option:
         default=None if default is msgspec.NODEFAULT else default,
         required=field.required,
         optional=len(parts) > 1,
+        struct=held if isinstance(held, type) and issubclass(held, msgspec.Struct) else None,
     )
 
 

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from lora_trainer.dataset.buckets import Placement, place
-from lora_trainer.dataset.items import FROM_NAME, Contents
+from lora_trainer.dataset.items import FROM_NAME, STAND_INS, Contents
 from lora_trainer.doctor.pictures import Measures, Picture
 
 
@@ -36,7 +36,7 @@ class Subject:
         """Those that training would use. With a caption file that cannot be read it would not fall back to names."""
         found = self.contents.captions
         broken = any(file != self.folder and not file.is_dir() for file, _ in self.problems)
-        return {image: text for image, (text, source) in found.items() if not (broken and source == FROM_NAME)}
+        return {image: text for image, (text, source) in found.items() if not (broken and source in STAND_INS)}
 
     @property
     def from_names(self) -> bool:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from lora_trainer.config import Config
 from lora_trainer.dataset.cache import Cache
+from lora_trainer.dataset.concepts import described
 from lora_trainer.dataset.decode import Sizes
-from lora_trainer.dataset.items import Item, scan
+from lora_trainer.dataset.items import Item, Scan, by_folder, scan
 from lora_trainer.dataset.prepare import Encoded, Encoders, Prepared, prepare
 from lora_trainer.errors import DataError
 from lora_trainer.events import EventSink, Notice
@@ -36,9 +37,10 @@ class TrainingData:
 def find(config: Config, sink: EventSink) -> Items:
     """What the config's folders hold. Raises DataError."""
     metadata = Path(config.metadata_path) if config.metadata_path else None
-    items = _scan(Path(config.train_data_dir), metadata, config.trigger_words, sink)
+    items = _scan(partial(scan, Path(config.train_data_dir), metadata=metadata, concepts=config.concepts), config, sink)
+    tell_concepts(items, sink)
     if config.validation_data_dir:
-        return Items(items, _scan(Path(config.validation_data_dir), None, config.trigger_words, sink))
+        return Items(items, _scan(partial(scan, Path(config.validation_data_dir)), config, sink))
     return split(items, config.validation_split, config.seed)
 
 
@@ -87,8 +89,14 @@ def load(
     return TrainingData(train, held_out)
 
 
-def _scan(folder: Path, metadata: Path | None, trigger_words: str, sink: EventSink) -> tuple[Item, ...]:
-    found = scan(folder, metadata=metadata, trigger_words=trigger_words)
+def tell_concepts(items: Sequence[Item], sink: EventSink) -> None:
+    """How often an epoch sees which pictures, where not each once."""
+    if any(item.repeats > 1 for item in items):
+        sink(Notice(text=described([(name, len(group), group[0].repeats) for name, group in by_folder(items).items()])))
+
+
+def _scan(read: Callable[..., Scan], config: Config, sink: EventSink) -> tuple[Item, ...]:
+    found = read(trigger_words=config.trigger_words)
     for note in found.notes:
         sink(Notice(text=note))
     for skipped in found.skipped:
