@@ -16,9 +16,9 @@ def _about(group: str, text: str, **bounds: Any) -> Meta:
     return Meta(description=text, extra={"group": group}, **bounds)
 
 
-MODEL, DATA, LORA = "Model", "Data", "LoRA"
+MODEL, DATA, CAPTIONS, LORA = "Model", "Data", "Captions", "LoRA"
 TRAINING, OUTPUT, PREVIEWS = "Training", "Output", "Validation and previews"
-GROUPS = (MODEL, DATA, LORA, TRAINING, OUTPUT, PREVIEWS)
+GROUPS = (MODEL, DATA, CAPTIONS, LORA, TRAINING, OUTPUT, PREVIEWS)
 # The options that name a file or a folder.
 PATHS = ("base_model", "train_data_dir", "metadata_path", "validation_data_dir", "cache_dir", "output_dir")
 
@@ -96,8 +96,24 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     caption_syntax: Annotated[
         Literal["literal", "webui"],
-        _about(DATA, "Captions as plain text, or with the WebUI's (emphasis), embeddings and BREAK as in its prompts."),
+        _about(CAPTIONS, "Plain text, or with the WebUI's (emphasis), embeddings and BREAK as in its prompts."),
     ] = "literal"
+    shuffle_captions: Annotated[
+        bool, _about(CAPTIONS, "Mix the tags of a caption, which commas part, anew each time its picture is seen.")
+    ] = False
+    keep_tokens: Annotated[
+        int,
+        _about(CAPTIONS, "Tags at the beginning that are neither mixed nor dropped; or write ||| after them.", ge=0),
+    ] = 0
+    tag_dropout: Annotated[float, _about(CAPTIONS, "Share of the tags left out at random each time.", ge=0, le=1)] = 0.0
+    caption_dropout: Annotated[
+        float, _about(CAPTIONS, "How often a picture is shown with an empty caption: 0.05 to 0.1.", ge=0, le=1)
+    ] = 0.0
+    wildcards: Annotated[
+        bool, _about(CAPTIONS, "Choose one of {a|b|c} in captions, and one line of a .txt file, anew each time.")
+    ] = False
+    caption_prefix: Annotated[str, _about(CAPTIONS, "Words in front of every caption.")] = ""
+    caption_suffix: Annotated[str, _about(CAPTIONS, "Words after every caption.")] = ""
 
     lora_rank: Annotated[
         int, _about(LORA, "How much the LoRA can hold, and its file size. 4 to 16 for a style.", ge=1, le=1024)

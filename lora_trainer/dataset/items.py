@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from lora_trainer.dataset.captions import Complain, clean, posix, read_metadata, read_text, refuse_long, stop
+from lora_trainer.dataset.captions import (
+    Complain,
+    clean,
+    clean_lines,
+    posix,
+    read_metadata,
+    read_text,
+    refuse_long,
+    stop,
+)
 from lora_trainer.dataset.images import IMAGE_SUFFIXES
 from lora_trainer.errors import DataError
 
@@ -30,17 +39,20 @@ Captions = dict[Path, tuple[str, str]]
 
 @dataclass(frozen=True)
 class Item:
-    """A picture file and its caption; `source` says where the caption came from."""
+    """A picture file and its caption; several are lines. `source` says where they came from, `weight` how much the
+    picture counts."""
 
     path: Path
     caption: str
     source: str
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
 class Contents:
     """What a folder holds, as training reads it. `empty` are pictures with a caption file or row that has no words,
-    `deeper` are folders further down, which are not read, and `unnamed` files whose names are no text."""
+    `deeper` are folders further down, which are not read, and `unnamed` files whose names are no text. `weights` are
+    those of rows."""
 
     images: tuple[Path, ...]
     captions: Captions
@@ -49,6 +61,7 @@ class Contents:
     deeper: tuple[Path, ...]
     unnamed: tuple[str, ...]
     notes: tuple[str, ...]
+    weights: Mapping[Path, float]
 
 
 @dataclass(frozen=True)
@@ -60,27 +73,29 @@ class Scan:
     skipped: tuple[str, ...]
 
 
-def scan(folder: Path, *, metadata: Path | None = None, trigger_words: str = "") -> Scan:
+def scan(folder: Path, *, metadata: Path | None = None, trigger_words: str = "", lines: bool = False) -> Scan:
     """The pictures of `folder` and of its direct sub-folders, with captions.
 
     Captions come from `metadata`, else metadata.csv or metadata.jsonl in the folder and sub-folders; where those
-    have none for a picture, from a .txt or .caption file beside it; when no picture has any, from file names.
-    Raises DataError.
+    have none for a picture, from a .txt or .caption file beside it, with `lines` each line a caption of its own; when
+    no picture has any, from file names. Raises DataError.
     """
-    found = read_folder(folder, metadata=metadata)
+    found = read_folder(folder, metadata=metadata, lines=lines)
     _refuse_gaps(folder, found.images, found.captions)
     skipped = [f"{folder}: {text}: the file's name is not Unicode" for text in found.unnamed]
     others = [file for file in found.others if file.suffix.lower() in OTHER_PICTURES]
     skipped += [f"{file}: {file.suffix} pictures are not read; save it as PNG or JPEG" for file in others]
     captions = [found.captions[image] for image in found.images]
     items = [
-        Item(image, with_trigger(caption, trigger_words), source)
+        Item(image, _each_with_trigger(caption, trigger_words), source, found.weights.get(image, 1.0))
         for image, (caption, source) in zip(found.images, captions, strict=True)
     ]
     return Scan(tuple(items), found.notes, tuple(skipped))
 
 
-def read_folder(folder: Path, *, metadata: Path | None = None, complain: Complain = stop) -> Contents:
+def read_folder(
+    folder: Path, *, metadata: Path | None = None, complain: Complain = stop, lines: bool = False
+) -> Contents:
     """As `scan`, with gaps. What stops a training is told to `complain`; where that returns, the rest is read.
 
     Raises DataError when there is no such folder.
@@ -92,12 +107,14 @@ def read_folder(folder: Path, *, metadata: Path | None = None, complain: Complai
         complain(folder, DataError(f"{folder}: expected pictures ({kinds}), found none among {len(files)} files"))
     reading = _Reading(folder, images, complain)
     reading.add_metadata(metadata)
-    reading.add_sidecars()
+    reading.add_sidecars(clean_lines if lines else clean)
     if images and not reading.captions:
         reading.add_names()
     others = [file for file in files if file.suffix.lower() not in IMAGE_SUFFIXES]
     empty, notes = frozenset(reading.empty), tuple(reading.notes)
-    return Contents(tuple(images), reading.captions, empty, tuple(others), tuple(deeper), tuple(unnamed), notes)
+    return Contents(
+        tuple(images), reading.captions, empty, tuple(others), tuple(deeper), tuple(unnamed), notes, reading.weights
+    )
 
 
 def nameless(text: str) -> bool:
@@ -111,6 +128,10 @@ def with_trigger(caption: str, words: str) -> str:
     if not words or re.search(rf"(?<!\w){re.escape(words)}(?!\w)", caption, re.IGNORECASE):
         return caption
     return f"{words}, {caption}" if caption else words
+
+
+def _each_with_trigger(caption: str, words: str) -> str:
+    return "\n".join(with_trigger(line, words) for line in caption.split("\n"))
 
 
 def _files(folder: Path, complain: Complain) -> tuple[list[Path], list[Path], list[str]]:
@@ -157,6 +178,7 @@ class _Reading:
         self.folder, self.images, self.complain = folder, images, complain
         self.captions: Captions = {}
         self.empty: set[Path] = set()
+        self.weights: dict[Path, float] = {}
         self.notes: list[str] = []
 
     def add_metadata(self, metadata: Path | None) -> None:
@@ -192,13 +214,15 @@ class _Reading:
                 self.captions[image] = (row.caption, metadata.name)
             else:
                 self.empty.add(image)
+            if image is not None:
+                self.weights[image] = row.weight
         if missing:
             count = f"{len(missing)} of {len(rows)} rows"
             problem = DataError(f"{metadata}: {count} name pictures that are not in {place} ({_few(missing)})")
             self.complain(metadata, problem)
 
-    def add_sidecars(self) -> None:
-        """Fill the gaps from the text files beside the pictures."""
+    def add_sidecars(self, tidy: Callable[[str], str]) -> None:
+        """Fill the gaps from the text files beside the pictures; `tidy` makes captions of texts."""
         for image in self.images:
             for place in sidecars(image):
                 if image in self.captions or not place.is_file():
@@ -213,7 +237,7 @@ class _Reading:
                 if encoding != "UTF-8":
                     self.notes.append(f"{place.name}: read as {encoding}")
                 if text.strip():
-                    self.captions[image] = (clean(text), place.suffix)
+                    self.captions[image] = (tidy(text), place.suffix)
                 else:
                     self.empty.add(image)
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -17,46 +16,17 @@ from lora_trainer.dataset.cache import Cache, key_of
 from lora_trainer.dataset.decode import Sizes, content_hash, cut, made_ahead
 from lora_trainer.dataset.images import ImageError
 from lora_trainer.dataset.items import Item
+from lora_trainer.dataset.rules import Rules, variants
+from lora_trainer.dataset.samples import Prepared, Sample, Text, length
 from lora_trainer.errors import DataError
 from lora_trainer.events import EventSink, Notice, Progress
 from lora_trainer.models.latents import Moments, latent_shape, posterior, sampled, to_tensor
 
 # Draws the posterior's noise for (index of the item, shape of its latents): [1, *shape] float32.
 LatentNoise = Callable[[int, tuple[int, int, int]], Tensor]
-NO_CACHE = Cache(None)
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One image, ready: latents [4, h, w] float32 on the CPU, and the caption as `Encoders.read` gives it."""
-
-    item: Item
-    bucket: Bucket
-    latents: Tensor
-    text: Mapping[str, Tensor]
-
-    @property
-    def group(self) -> Hashable:
-        """Samples of one group have the same shapes."""
-        tokens = self.text["ids"].numel() if "ids" in self.text else self.text["context"].shape[0]
-        return (self.bucket.width, self.bucket.height, tokens)
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """The samples in the order of the items, and what was left out."""
-
-    samples: tuple[Sample, ...]
-    skipped: tuple[str, ...]
-
-    @property
-    def groups(self) -> list[Hashable]:
-        return [sample.group for sample in self.samples]
-
-    @property
-    def buckets(self) -> dict[tuple[int, int], int]:
-        """Images by (width, height)."""
-        return dict(Counter((s.bucket.width, s.bucket.height) for s in self.samples))
+NO_CACHE, NO_RULES = Cache(None), Rules()
+# Of one picture; where there are more ways to write its caption, captions are read when they are drawn.
+MOST_VARIANTS = 32
 
 
 @dataclass
@@ -66,7 +36,7 @@ class Encoded:
     between: Callable[[], object] = lambda: None
     samples: list[Sample] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
-    captions: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    captions: dict[str, Text] = field(default_factory=dict)
 
     @property
     def count(self) -> int:
@@ -79,14 +49,17 @@ class Encoders:
     """`vae` makes latents of pictures, `read` of a caption what a batch holds of it, under the names of its fields:
     the frozen encoder's embedding, or the token ids for a trained one.
 
-    `vae_key` and `text_key` tell in a cache what they are; a caption is not cached without a key.
+    `vae_key` and `text_key` tell in a cache what they are; a caption is not cached without a key. Captions change by
+    `rules`; with `live` they are read when they are drawn.
     """
 
     vae: AutoencoderKL
-    read: Callable[[str], Mapping[str, Tensor]]
+    read: Callable[[str], Text]
     vae_key: str = ""
     text_key: str = ""
     cache: Cache = NO_CACHE
+    rules: Rules = NO_RULES
+    live: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,7 +81,8 @@ def prepare(
     sink: EventSink,
     kept: Encoded | None = None,
 ) -> Prepared:
-    """Encode `items`. Unreadable and too small images are named, skipped and counted.
+    """Encode `items`, with all captions that can be drawn of theirs. Unreadable and too small images are named, skipped
+    and counted.
 
     What `kept.between` raises ends the work, which goes on when `kept` is given again. Raises DataError when no image
     is left.
@@ -125,20 +99,19 @@ def prepare(
                 kept.skipped.append(str(error))
                 sink(Notice(text=f"skipped: {error}", level="warning"))
                 continue
-            if item.caption not in kept.captions:
-                kept.captions[item.caption] = _caption(item.caption, encoders)
-            kept.samples.append(Sample(item, bucket, latents, kept.captions[item.caption]))
+            plain, *others = _texts(item.caption, encoders, kept.captions)
+            tokens = max(map(length, (plain, *others)))
+            kept.samples.append(Sample(item, bucket, latents, plain, tokens))
             sink(Progress(stage="encoding images", done=index + 1, total=len(items)))
-    return _prepared(items, kept, sink)
+    _refuse_nothing(items, kept, sink)
+    return Prepared(tuple(kept.samples), tuple(kept.skipped), encoders.rules, None if encoders.live else kept.captions)
 
 
-def _prepared(items: Sequence[Item], kept: Encoded, sink: EventSink) -> Prepared:
-    samples, skipped = kept.samples, kept.skipped
-    if skipped:
-        sink(Notice(text=f"{len(skipped)} of {len(items)} images skipped", level="warning"))
-    if not samples:
-        raise DataError(f"{items[0].path.parent}: none of its {len(items)} images can be used: {skipped[0]}")
-    return Prepared(tuple(samples), tuple(skipped))
+def _refuse_nothing(items: Sequence[Item], kept: Encoded, sink: EventSink) -> None:
+    if kept.skipped:
+        sink(Notice(text=f"{len(kept.skipped)} of {len(items)} images skipped", level="warning"))
+    if not kept.samples:
+        raise DataError(f"{items[0].path.parent}: none of its {len(items)} images can be used: {kept.skipped[0]}")
 
 
 def _read(item: Item, sizes: Sizes, encoders: Encoders) -> Picture:
@@ -168,7 +141,22 @@ def _latents(
     return picture.bucket, sampled(vae, moments, drawn)[0].cpu()
 
 
-def _caption(caption: str, encoders: Encoders) -> Mapping[str, Tensor]:
+def _texts(caption: str, encoders: Encoders, known: dict[str, Text]) -> list[Text]:
+    """The caption as written, then all else that can be drawn of it, as `known` has them afterwards."""
+    plain = encoders.rules.plain(caption)
+    if encoders.live:
+        return [encoders.read(plain)]
+    drawn = variants(encoders.rules, caption, MOST_VARIANTS)
+    assert drawn is not None, "too many captions to keep: they are read live"
+    texts = [plain, *drawn]
+    # The empty caption fills short ones up.
+    for text in texts if set(texts) == {plain} else [*texts, ""]:
+        if text not in known:
+            known[text] = _caption(text, encoders)
+    return [known[text] for text in texts]
+
+
+def _caption(caption: str, encoders: Encoders) -> Text:
     cache = encoders.cache
     if cache.folder is None or not encoders.text_key:
         return encoders.read(caption)

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lora_trainer.config import Config
 from lora_trainer.dataset.cache import Cache
 from lora_trainer.dataset.decode import Sizes
 from lora_trainer.dataset.items import Item, scan
-from lora_trainer.dataset.prepare import Encoded, Encoders, Prepared, prepare
+from lora_trainer.dataset.prepare import NO_RULES, Encoded, Encoders, prepare
+from lora_trainer.dataset.samples import Prepared
 from lora_trainer.errors import DataError
 from lora_trainer.events import EventSink, Notice
 from lora_trainer.models.fingerprint import fingerprint
 from lora_trainer.models.model import Model
 from lora_trainer.training import randomness
+from lora_trainer.training.wording import read_live, rules_of
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,9 @@ class TrainingData:
 def find(config: Config, sink: EventSink) -> Items:
     """What the config's folders hold. Raises DataError."""
     metadata = Path(config.metadata_path) if config.metadata_path else None
-    items = _scan(Path(config.train_data_dir), metadata, config.trigger_words, sink)
+    items = _scan(Path(config.train_data_dir), metadata, config, sink)
     if config.validation_data_dir:
-        return Items(items, _scan(Path(config.validation_data_dir), None, config.trigger_words, sink))
+        return Items(items, _scan(Path(config.validation_data_dir), None, config, sink))
     return split(items, config.validation_split, config.seed)
 
 
@@ -67,28 +68,40 @@ def load(
     def noise(purpose: str) -> Callable:
         return lambda index, shape: randomness.normal(config.seed, purpose, [index], shape)
 
-    first, second = kept or (None, None)
+    first, second = kept or (Encoded(), Encoded())
+    encoders = _encoders(config, model)
+    # Said once, however often preparing is interrupted.
+    live = read_live(items.train, config, model.text, sink if first.count == 0 else lambda event: None)
+    reading = replace(encoders, read=model.text.tokens, live=True) if live else encoders
+    train = prepare(items.train, reading, sizes, noise=noise("latents"), sink=sink, kept=first)
+    held_out = None
+    if items.held_out:
+        # Always the same captions: as they are written.
+        plain = [replace(item, caption=encoders.rules.plain(item.caption)) for item in items.held_out]
+        still = replace(encoders, rules=NO_RULES)
+        held_out = prepare(plain, still, sizes, noise=noise("held-out latents"), sink=sink, kept=second)
+    encoders.cache.trim()
+    return TrainingData(train, held_out)
+
+
+def _encoders(config: Config, model: Model) -> Encoders:
     text = model.text
     cache = Cache(Path(config.cache_dir) if config.cache_dir else None)
     vae_key, text_key = (fingerprint(part) if cache.folder else "" for part in (model.vae, text.module))
     # The WebUI's reading of a caption depends on more than the caption: embeddings, settings. Tokens cost nothing.
     cached = text_key and config.caption_syntax == "literal" and not config.train_text_encoder
-    encoders = Encoders(
+    return Encoders(
         model.vae,
         text.tokens if config.train_text_encoder else text.context,
         vae_key,
         f"{text_key} {text.clip_skip}" if cached else "",
         cache,
+        rules_of(config),
     )
-    encode = partial(prepare, encoders=encoders, sizes=sizes, sink=sink)
-    train = encode(items.train, noise=noise("latents"), kept=first)
-    held_out = encode(items.held_out, noise=noise("held-out latents"), kept=second) if items.held_out else None
-    cache.trim()
-    return TrainingData(train, held_out)
 
 
-def _scan(folder: Path, metadata: Path | None, trigger_words: str, sink: EventSink) -> tuple[Item, ...]:
-    found = scan(folder, metadata=metadata, trigger_words=trigger_words)
+def _scan(folder: Path, metadata: Path | None, config: Config, sink: EventSink) -> tuple[Item, ...]:
+    found = scan(folder, metadata=metadata, trigger_words=config.trigger_words, lines=config.wildcards)
     for note in found.notes:
         sink(Notice(text=note))
     for skipped in found.skipped:

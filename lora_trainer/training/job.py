@@ -136,6 +136,7 @@ class Job:
         self.validation.held_out = self.prepare.data.held_out
         feed = Feed(
             self.prepare.data.train.samples,
+            self.prepare.data.train.captions(model.text.tokens),
             self.config.batch_size,
             self.config.gradient_accumulation_steps,
             self.config.seed,

@@ -16,7 +16,7 @@ from lora_trainer.adapters.naming import PREFIXES, to_diffusers, to_kohya
 from lora_trainer.adapters.save import assemble
 from lora_trainer.config import Config
 from lora_trainer.config.export import to_header, to_yaml
-from lora_trainer.dataset.prepare import Prepared
+from lora_trainer.dataset.samples import Prepared
 from lora_trainer.errors import OutputError
 from lora_trainer.events import EventSink, Notice, Saved, Saving
 from lora_trainer.events import Progress as Working
@@ -124,7 +124,8 @@ class Output:
         facts = model.facts
         captions: dict[str, list[str]] = {}
         for sample in data.samples:
-            captions.setdefault(sample.item.path.parent.name, []).append(sample.item.caption)
+            plain = data.rules.plain(sample.item.caption)
+            captions.setdefault(sample.item.path.parent.name, []).append(plain)
         hashes = facts.hashes()
         base = BaseFacts(
             name=facts.name,
@@ -208,12 +209,13 @@ def kohya_settings(config: Config) -> dict[str, object]:
         "min_snr_gamma": None,
         "loss_type": "l2",
         "prior_loss_weight": 1.0,
-        "caption_dropout_rate": 0.0,
-        "shuffle_caption": False,
+        "caption_dropout_rate": config.caption_dropout,
+        "caption_tag_dropout_rate": config.tag_dropout,
+        "shuffle_caption": config.shuffle_captions,
         "flip_aug": False,
         "color_aug": False,
         "random_crop": False,
-        "keep_tokens": None,
+        "keep_tokens": config.keep_tokens or None,
         "bucket_no_upscale": not config.allow_upscaling,
         "training_comment": config.training_comment,
     }

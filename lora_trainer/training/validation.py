@@ -8,7 +8,7 @@ from itertools import groupby
 
 import torch
 
-from lora_trainer.dataset.prepare import Sample
+from lora_trainer.dataset.samples import Sample
 from lora_trainer.training import randomness
 from lora_trainer.training.step import Batch, Network, stacked
 

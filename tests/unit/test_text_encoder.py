@@ -142,8 +142,8 @@ def test_checkpointed_layers_run_again_with_the_same_masks(deep, monkeypatch):
     from lora_trainer.training import clip
 
     calls, seen = [], []
-    original = clip.TrainedClip._layer
-    monkeypatch.setattr(clip.TrainedClip, "_layer", lambda *given: calls.append(1) or original(*given))
+    original = clip.StepClip._layer
+    monkeypatch.setattr(clip.StepClip, "_layer", lambda *given: calls.append(1) or original(*given))
     for checkpointing in (False, True):
         with opened(deep, lora_dropout=0.3, gradient_checkpointing=checkpointing) as segment:
             segment.forward_backward(batch(segment.model))
