@@ -28,6 +28,12 @@ class Option:
     default: Any
     required: bool
     optional: bool
+    entry: Meta | None = None
+
+    @property
+    def numbers(self) -> bool:
+        """Whether it is a list of whole numbers, within the bounds of `entry`."""
+        return self.entry is not None
 
     @property
     def help(self) -> str:
@@ -44,22 +50,13 @@ class Option:
             words = (
                 " or ".join([", ".join(self.choices[:-1]), self.choices[-1]]) if self.choices[1:] else self.choices[0]
             )
+        elif self.numbers:
+            words = " ".join(["a list of whole numbers", *_bounds(self.entry)])
         elif self.kind is list:
             words = "a list of texts" if not self.meta.min_length else "a list of at least one text"
         else:
-            words = " ".join([_NOUNS[self.kind], *self._bounds()])
+            words = " ".join([_NOUNS[self.kind], *_bounds(self.meta)])
         return words + (" or nothing" if self.optional else "")
-
-    def _bounds(self) -> Iterator[str]:
-        m = self.meta
-        low = f"{_number(m.ge)}" if m.ge is not None else f"more than {_number(m.gt)}" if m.gt is not None else None
-        high = f"{_number(m.le)}" if m.le is not None else f"less than {_number(m.lt)}" if m.lt is not None else None
-        if low and high:
-            yield f"from {low} to {high}"
-        elif low:
-            yield low if m.gt is not None else f"of at least {low}"
-        if m.multiple_of is not None:
-            yield f"in steps of {m.multiple_of}"
 
 
 def options() -> dict[str, Option]:
@@ -79,6 +76,7 @@ def _option(field: msgspec.structs.FieldInfo, hint: Any) -> Option:
     annotated = next(part for part in parts if get_origin(part) is Annotated)
     inner, meta = get_args(annotated)
     choices = get_args(inner) if get_origin(inner) is Literal else ()
+    entries = [get_args(entry)[1] for entry in get_args(inner) if get_origin(entry) is Annotated]
     default = field.default
     if field.default_factory is not msgspec.NODEFAULT:
         default = field.default_factory()
@@ -91,7 +89,19 @@ def _option(field: msgspec.structs.FieldInfo, hint: Any) -> Option:
         default=None if default is msgspec.NODEFAULT else default,
         required=field.required,
         optional=len(parts) > 1,
+        entry=entries[0] if entries else None,
     )
+
+
+def _bounds(m: Meta) -> Iterator[str]:
+    low = f"{_number(m.ge)}" if m.ge is not None else f"more than {_number(m.gt)}" if m.gt is not None else None
+    high = f"{_number(m.le)}" if m.le is not None else f"less than {_number(m.lt)}" if m.lt is not None else None
+    if low and high:
+        yield f"from {low} to {high}"
+    elif low:
+        yield low if m.gt is not None else f"of at least {low}"
+    if m.multiple_of is not None:
+        yield f"in steps of {m.multiple_of}"
 
 
 def _number(bound: float) -> str:

@@ -77,7 +77,13 @@ def _size(config: Config) -> Iterator[str]:
         if isinstance(value, list) and len(value) > MAX_ENTRIES:
             yield f"{key}: expected at most {MAX_ENTRIES:,} entries, found {len(value):,}"
         # What is accepted must fit the YAML file beside the output, and that be read again.
-        length = sum(map(len, value)) if isinstance(value, list) else len(value) if isinstance(value, str) else 0
+        length = (
+            sum(len(str(entry)) for entry in value)
+            if isinstance(value, list)
+            else len(value)
+            if isinstance(value, str)
+            else 0
+        )
         if length > MAX_TEXT:
             yield f"{key}: expected at most {MAX_TEXT:,} characters, found {length:,}"
 

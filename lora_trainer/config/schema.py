@@ -82,7 +82,21 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         ]
         | None
     ) = None
+    extra_resolutions: Annotated[
+        list[Annotated[int, Meta(ge=64, le=4096, multiple_of=64)]],
+        _about(DATA, "Show each picture at these sizes too, once an epoch at each that it is large enough for."),
+    ] = msgspec.field(default_factory=list)
     allow_upscaling: Annotated[bool, _about(DATA, "Enlarge pictures that are smaller than the resolution.")] = False
+    crop: Annotated[
+        Literal["center", "focus", "random"],
+        _about(DATA, "Which part of a picture of another shape is kept: the middle, the most detailed, or any."),
+    ] = "center"
+    crops_per_image: Annotated[
+        int, _about(DATA, "Parts of a picture that are encoded, from edge to edge, for crop random.", ge=2, le=64)
+    ] = 5
+    flip: Annotated[bool, _about(DATA, "Mirror pictures half of the time; not where sides differ: text, logos.")] = (
+        False
+    )
     cache_dir: (
         Annotated[
             str,

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from lora_trainer.dataset.buckets import Bucket
 from lora_trainer.dataset.cache import Cache, key_of
-from lora_trainer.dataset.decode import Sizes, content_hash, cut, made_ahead
-from lora_trainer.dataset.images import ImageError
+from lora_trainer.dataset.crops import Sizes
+from lora_trainer.dataset.decode import content_hash, cut, made_ahead
+from lora_trainer.dataset.images import ImageError, load_image
 from lora_trainer.dataset.items import Item
 from lora_trainer.dataset.rules import Rules, variants
 from lora_trainer.dataset.samples import Prepared, Sample, Text, length
@@ -22,8 +23,8 @@ from lora_trainer.errors import DataError
 from lora_trainer.events import EventSink, Notice, Progress
 from lora_trainer.models.latents import Moments, latent_shape, posterior, sampled, to_tensor
 
-# Draws the posterior's noise for (index of the item, shape of its latents): [1, *shape] float32.
-LatentNoise = Callable[[int, tuple[int, int, int]], Tensor]
+# Draws the posterior's noise for (index of the item, number of its view, shape of its latents): [1, *shape] float32.
+LatentNoise = Callable[[int, int, tuple[int, int, int]], Tensor]
 NO_CACHE, NO_RULES = Cache(None), Rules()
 # Of one picture; where there are more ways to write its caption, captions are read when they are drawn.
 MOST_VARIANTS = 32
@@ -31,17 +32,13 @@ MOST_VARIANTS = 32
 
 @dataclass
 class Encoded:
-    """What is encoded so far. `between` is called before each image."""
+    """What is encoded so far: of the first `count` items. `between` is called before each image."""
 
     between: Callable[[], object] = lambda: None
     samples: list[Sample] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     captions: dict[str, Text] = field(default_factory=dict)
-
-    @property
-    def count(self) -> int:
-        """How many items are dealt with."""
-        return len(self.samples) + len(self.skipped)
+    count: int = 0
 
 
 @dataclass(frozen=True)
@@ -64,25 +61,27 @@ class Encoders:
 
 @dataclass(frozen=True)
 class Picture:
-    """The posterior of a picture's latents, and its place in the cache; or the picture, still to be encoded."""
+    """A picture at one size: the posteriors of its views' latents, [views, 4, h, w], or the views still to be encoded;
+    what SDXL is told of each, [views, 6] int64; and its place in the cache."""
 
     bucket: Bucket
     key: str
+    sizes: Tensor
     moments: Moments | None = None
-    image: Image.Image | None = None
+    images: tuple[Image.Image, ...] = ()
 
 
 def prepare(
     items: Sequence[Item],
     encoders: Encoders,
-    sizes: Sizes,
+    sizes: Sequence[Sizes],
     *,
     noise: LatentNoise,
     sink: EventSink,
     kept: Encoded | None = None,
 ) -> Prepared:
-    """Encode `items`, with all captions that can be drawn of theirs. Unreadable and too small images are named, skipped
-    and counted.
+    """Encode `items` at all `sizes`, with all captions that can be drawn of theirs. A size that would cut a picture to
+    the bucket of an earlier one is left out for it. Unreadable and too small images are named, skipped and counted.
 
     What `kept.between` raises ends the work, which goes on when `kept` is given again. Raises DataError when no image
     is left.
@@ -91,18 +90,16 @@ def prepare(
     rest = items[kept.count :]
     read = partial(_read, sizes=sizes, encoders=encoders)
     with made_ahead(rest, read) as pictures:
-        for index, (item, picture) in enumerate(zip(rest, pictures, strict=True), start=kept.count):
+        for item, picture in zip(rest, pictures, strict=True):
             kept.between()
             try:
-                bucket, latents = _latents(item, picture(), encoders, partial(noise, index))
+                kept.samples += _samples(item, picture(), encoders, kept, noise)
             except (ImageError, ValueError) as error:
                 kept.skipped.append(str(error))
                 sink(Notice(text=f"skipped: {error}", level="warning"))
-                continue
-            plain, *others = _texts(item.caption, encoders, kept.captions)
-            tokens = max(map(length, (plain, *others)))
-            kept.samples.append(Sample(item, bucket, latents, plain, tokens))
-            sink(Progress(stage="encoding images", done=index + 1, total=len(items)))
+            else:
+                sink(Progress(stage="encoding images", done=kept.count + 1, total=len(items)))
+            kept.count += 1
     _refuse_nothing(items, kept, sink)
     return Prepared(tuple(kept.samples), tuple(kept.skipped), encoders.rules, None if encoders.live else kept.captions)
 
@@ -114,31 +111,57 @@ def _refuse_nothing(items: Sequence[Item], kept: Encoded, sink: EventSink) -> No
         raise DataError(f"{items[0].path.parent}: none of its {len(items)} images can be used: {kept.skipped[0]}")
 
 
-def _read(item: Item, sizes: Sizes, encoders: Encoders) -> Picture:
-    """In a thread: what the cache has of a picture, else the picture itself. Raises ImageError."""
-    key = ""
-    if encoders.cache.folder is not None:
-        key = key_of("latents", content_hash(item.path), encoders.vae_key, sizes)
-        found = encoders.cache.get(key)
-        if found is not None and {"mean", "std", "size"} <= set(found):
-            bucket = Bucket(*(int(side) for side in found["size"]))
-            return Picture(bucket, key, moments=Moments(found["mean"], found["std"]))
-    made = cut(item.path, sizes)
-    return Picture(made.bucket, key, image=made.image)
+def _read(item: Item, sizes: Sequence[Sizes], encoders: Encoders) -> list[Picture]:
+    """In a thread: what the cache has of a picture, else the picture itself, once a bucket. Raises ImageError."""
+    content = content_hash(item.path) if encoders.cache.folder is not None else None
+    keys = [key_of("latents", content, encoders.vae_key, size) for size in sizes]
+    found = {key: _cached(encoders.cache, key) for key in keys}
+    image = load_image(item.path) if None in found.values() else None
+    pictures: dict[Bucket, Picture] = {}
+    for key, size in zip(keys, sizes, strict=True):
+        picture = found[key]
+        if picture is None:
+            made = cut(item.path, image, size)
+            told = torch.tensor([view.sizes for view in made.views])
+            picture = Picture(made.bucket, key, told, images=made.images)
+        pictures.setdefault(picture.bucket, picture)
+    return list(pictures.values())
 
 
-def _latents(
-    item: Item, picture: Picture, encoders: Encoders, noise: Callable[[tuple[int, int, int]], Tensor]
-) -> tuple[Bucket, Tensor]:
+def _cached(cache: Cache, key: str) -> Picture | None:
+    found = cache.get(key)
+    if found is None or not {"mean", "std", "sizes"} <= set(found):
+        return None
+    height, width = found["sizes"][0, 4:].tolist()
+    return Picture(Bucket(width, height), key, found["sizes"], Moments(found["mean"], found["std"]))
+
+
+def _samples(
+    item: Item, pictures: Sequence[Picture], encoders: Encoders, kept: Encoded, noise: LatentNoise
+) -> list[Sample]:
+    """A sample a size."""
+    plain, *others = _texts(item.caption, encoders, kept.captions)
+    tokens = max(map(length, (plain, *others)))
+    samples: list[Sample] = []
+    for picture in pictures:
+        before = sum(len(sample.latents) for sample in samples)
+        shape = latent_shape(encoders.vae, picture.bucket.width, picture.bucket.height)
+        drawn = torch.cat([noise(kept.count, before + number, shape) for number in range(len(picture.sizes))])
+        latents = sampled(encoders.vae, _moments(item, picture, encoders), drawn).cpu()
+        samples.append(Sample(item, picture.bucket, latents, picture.sizes, plain, tokens))
+    return samples
+
+
+def _moments(item: Item, picture: Picture, encoders: Encoders) -> Moments:
+    """Raises ImageError."""
     vae, moments = encoders.vae, picture.moments
     if moments is None:
-        moments = posterior(vae, to_tensor(picture.image))
+        each = [posterior(vae, to_tensor(image)) for image in picture.images]
+        moments = Moments(torch.cat([one.mean for one in each]), torch.cat([one.std for one in each]))
         if not all(torch.isfinite(moment).all() for moment in moments):
             raise ImageError(item.path, "the VAE gave numbers that are not finite")
-        size = torch.tensor([picture.bucket.width, picture.bucket.height])
-        encoders.cache.put(picture.key, {"mean": moments.mean, "std": moments.std, "size": size})
-    drawn = noise(latent_shape(vae, picture.bucket.width, picture.bucket.height))
-    return picture.bucket, sampled(vae, moments, drawn)[0].cpu()
+        encoders.cache.put(picture.key, {"mean": moments.mean, "std": moments.std, "sizes": picture.sizes})
+    return moments
 
 
 def _texts(caption: str, encoders: Encoders, known: dict[str, Text]) -> list[Text]:

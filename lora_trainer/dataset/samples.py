@@ -19,14 +19,21 @@ Text = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Sample:
-    """One image, ready: latents [4, h, w] float32 on the CPU, and its caption as written. `tokens`: what its captions
-    are filled up to."""
+    """One image at one size, ready, on the CPU: the latents of its views, [views, 4, h, w] float32, the plainest first;
+    what SDXL is told of each, [views, 6] int64 (`crops.View.sizes`); and its caption as written. `tokens`: what its
+    captions are filled up to."""
 
     item: Item
     bucket: Bucket
     latents: Tensor
+    sizes: Tensor
     text: Text
     tokens: int
+
+    def view(self, choices: Choices) -> dict[str, Tensor]:
+        """`latents` [4, h, w] and `sizes` [6] of one visit."""
+        at = choices.one_of(len(self.latents))
+        return {"latents": self.latents[at], "sizes": self.sizes[at]}
 
     @property
     def group(self) -> Hashable:
@@ -75,8 +82,9 @@ class Prepared:
         return Captions(self.rules, tokens if self.texts is None else self.texts.__getitem__)
 
     @property
-    def groups(self) -> list[Hashable]:
-        return [sample.group for sample in self.samples]
+    def images(self) -> int:
+        """Files, however many sizes they are seen at."""
+        return len({sample.item.path for sample in self.samples})
 
     @property
     def buckets(self) -> dict[tuple[int, int], int]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from torch import Tensor
+
 from lora_trainer.config import Config
 from lora_trainer.dataset.cache import Cache
-from lora_trainer.dataset.decode import Sizes
+from lora_trainer.dataset.crops import sizes_of
 from lora_trainer.dataset.items import Item, scan
-from lora_trainer.dataset.prepare import NO_RULES, Encoded, Encoders, prepare
+from lora_trainer.dataset.prepare import NO_RULES, Encoded, Encoders, LatentNoise, prepare
 from lora_trainer.dataset.samples import Prepared
 from lora_trainer.errors import DataError
 from lora_trainer.events import EventSink, Notice
@@ -63,10 +65,13 @@ def load(
     kept: tuple[Encoded, Encoded] | None = None,
 ) -> TrainingData:
     """Encode everything; `kept` (training, held-out) as for `prepare`. Raises DataError."""
-    sizes = Sizes(config.resolution or model.facts.family.resolution, config.allow_upscaling)
+    sizes = sizes_of(config, model.facts.family.resolution)
 
-    def noise(purpose: str) -> Callable:
-        return lambda index, shape: randomness.normal(config.seed, purpose, [index], shape)
+    def noise(purpose: str) -> LatentNoise:
+        def draw(index: int, view: int, shape: tuple[int, int, int]) -> Tensor:
+            return randomness.normal(config.seed, f"{purpose} {view}" if view else purpose, [index], shape)
+
+        return draw
 
     first, second = kept or (Encoded(), Encoded())
     encoders = _encoders(config, model)
@@ -76,11 +81,16 @@ def load(
     train = prepare(items.train, reading, sizes, noise=noise("latents"), sink=sink, kept=first)
     held_out = None
     if items.held_out:
-        # Always the same captions: as they are written.
+        # Always the same: as they are written, at one size, neither moved nor mirrored.
         plain = [replace(item, caption=encoders.rules.plain(item.caption)) for item in items.held_out]
         still = replace(encoders, rules=NO_RULES)
-        held_out = prepare(plain, still, sizes, noise=noise("held-out latents"), sink=sink, kept=second)
+        unmoved = [replace(sizes[0], crop="focus" if sizes[0].crop == "focus" else "center", flip=False)]
+        held_out = prepare(plain, still, unmoved, noise=noise("held-out latents"), sink=sink, kept=second)
     encoders.cache.trim()
+    views = sum(len(sample.latents) for sample in train.samples)
+    if views > train.images:
+        seen = f"seen {len(train.samples)} times an epoch, as {views} sizes, parts and mirrorings"
+        sink(Notice(text=f"pictures: {train.images}, {seen}"))
     return TrainingData(train, held_out)
 
 

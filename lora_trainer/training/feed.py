@@ -11,7 +11,7 @@ import torch
 from lora_trainer.dataset import order
 from lora_trainer.dataset.samples import Captions, Sample
 from lora_trainer.training import randomness
-from lora_trainer.training.step import Batch, stacked
+from lora_trainer.training.step import Batch, stacked, with_sizes
 
 
 @dataclass(frozen=True)
@@ -85,17 +85,17 @@ class Feed:
 
     def _batch(self, batch: order.Batch, total: float) -> Batch:
         samples = [self.samples[index] for index in batch.indices]
-        latents = torch.stack([sample.latents for sample in samples])
-        visited = zip(samples, batch.visits, strict=True)
-        texts = [self.captions.drawn(sample, randomness.Draws(self.seed, visit)) for sample, visit in visited]
+        draws = [randomness.Draws(self.seed, visit) for visit in batch.visits]
+        seen = stacked([sample.view(draw) for sample, draw in zip(samples, draws, strict=True)])
+        texts = [self.captions.drawn(sample, draw) for sample, draw in zip(samples, draws, strict=True)]
         weights = [weight * sample.item.weight for weight, sample in zip(batch.weights, samples, strict=True)]
         return Batch(
-            latents=latents,
-            eps=randomness.normal(self.seed, "noise", batch.visits, tuple(latents.shape[1:])),
+            latents=seen["latents"],
+            eps=randomness.normal(self.seed, "noise", batch.visits, tuple(seen["latents"].shape[1:])),
             t=randomness.timesteps(self.seed, batch.visits, self.timesteps),
             weight=torch.tensor(weights) / total,
             mask_keys=randomness.mask_keys(self.seed, batch.visits),
-            **stacked(self.captions.alike(texts, samples[0].tokens)),
+            **with_sizes(stacked(self.captions.alike(texts, samples[0].tokens)), seen["sizes"]),
         )
 
     @property

@@ -196,7 +196,7 @@ class Job:
                 name=self.output.name,
                 device=str(facts.device),
                 precision=str(segment.network.precision.compute).removeprefix("torch."),
-                images=len(self.prepare.data.train.samples),
+                images=self.prepare.data.train.images,
                 steps=steps,
                 epochs=config.epochs,
                 effective_batch=config.batch_size * config.gradient_accumulation_steps,

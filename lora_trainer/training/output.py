@@ -123,9 +123,8 @@ class Output:
     def _metadata(self, model: Model, data: Prepared, progress: Progress) -> dict[str, str]:
         facts = model.facts
         captions: dict[str, list[str]] = {}
-        for sample in data.samples:
-            plain = data.rules.plain(sample.item.caption)
-            captions.setdefault(sample.item.path.parent.name, []).append(plain)
+        for item in dict.fromkeys(sample.item for sample in data.samples):
+            captions.setdefault(item.path.parent.name, []).append(data.rules.plain(item.caption))
         hashes = facts.hashes()
         base = BaseFacts(
             name=facts.name,
@@ -212,9 +211,9 @@ def kohya_settings(config: Config) -> dict[str, object]:
         "caption_dropout_rate": config.caption_dropout,
         "caption_tag_dropout_rate": config.tag_dropout,
         "shuffle_caption": config.shuffle_captions,
-        "flip_aug": False,
+        "flip_aug": config.flip,
         "color_aug": False,
-        "random_crop": False,
+        "random_crop": config.crop == "random",
         "keep_tokens": config.keep_tokens or None,
         "bucket_no_upscale": not config.allow_upscaling,
         "training_comment": config.training_comment,

@@ -91,6 +91,11 @@ def stacked(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
+def with_sizes(texts: dict[str, Tensor], sizes: Tensor) -> dict[str, Tensor]:
+    """Captions with `sizes` [B, 6] in float32, for the families that are told them: those with a pooled embedding."""
+    return {**texts, "sizes": sizes.float()} if "pooled" in texts else texts
+
+
 @dataclass(frozen=True)
 class Network:
     """What the forward pass runs: the injected view, its schedule, and how it is computed; `encode` is the text encoder
