@@ -20,6 +20,8 @@ from lora_trainer.dataset.images import ImageError
 
 Item, Made = TypeVar("Item"), TypeVar("Made")
 MOST_THREADS = 8
+# Pictures that a GPU gets between two looks at whether somebody else wants it.
+MOST_TOGETHER = 8
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def made_ahead(items: Sequence[Item], make: Callable[[Item], Made]) -> Iterator[
         def results() -> Iterator[Callable[[], Made]]:
             for item in items:
                 waiting.append(pool.submit(make, item))
-                if len(waiting) > 2 * threads:
+                if len(waiting) > max(2 * threads, MOST_TOGETHER):
                     yield waiting.popleft().result
             while waiting:
                 yield waiting.popleft().result

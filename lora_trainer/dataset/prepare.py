@@ -5,23 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 
 import torch
 from diffusers import AutoencoderKL
-from PIL import Image
 from torch import Tensor
 
-from lora_trainer.dataset.buckets import Bucket
 from lora_trainer.dataset.cache import Cache, key_of
 from lora_trainer.dataset.crops import Sizes
-from lora_trainer.dataset.decode import content_hash, cut, made_ahead
-from lora_trainer.dataset.images import ImageError, load_image
+from lora_trainer.dataset.decode import MOST_TOGETHER, made_ahead
 from lora_trainer.dataset.items import Item
+from lora_trainer.dataset.pictures import Opened, encoded, on_gpu, opened
 from lora_trainer.dataset.rules import Rules, variants
 from lora_trainer.dataset.samples import Prepared, Sample, Text, length
 from lora_trainer.errors import DataError
 from lora_trainer.events import EventSink, Notice, Progress
-from lora_trainer.models.latents import Moments, latent_shape, posterior, sampled, to_tensor
+from lora_trainer.models.latents import latent_shape, sampled
 
 # Draws the posterior's noise for (index of the item, number of its view, shape of its latents): [1, *shape] float32.
 LatentNoise = Callable[[int, int, tuple[int, int, int]], Tensor]
@@ -32,7 +31,7 @@ MOST_VARIANTS = 32
 
 @dataclass
 class Encoded:
-    """What is encoded so far: of the first `count` items. `between` is called before each image."""
+    """What is encoded so far: of the first `count` items. `between` is called before each image or few images."""
 
     between: Callable[[], object] = lambda: None
     samples: list[Sample] = field(default_factory=list)
@@ -59,18 +58,6 @@ class Encoders:
     live: bool = False
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A picture at one size: the posteriors of its views' latents, [views, 4, h, w], or the views still to be encoded;
-    what SDXL is told of each, [views, 6] int64; and its place in the cache."""
-
-    bucket: Bucket
-    key: str
-    sizes: Tensor
-    moments: Moments | None = None
-    images: tuple[Image.Image, ...] = ()
-
-
 def prepare(
     items: Sequence[Item],
     encoders: Encoders,
@@ -88,18 +75,19 @@ def prepare(
     """
     kept = Encoded() if kept is None else kept
     rest = items[kept.count :]
-    read = partial(_read, sizes=sizes, encoders=encoders)
-    with made_ahead(rest, read) as pictures:
-        for item, picture in zip(rest, pictures, strict=True):
+    read = partial(opened, sizes=sizes, cache=encoders.cache, vae_key=encoders.vae_key)
+    together = MOST_TOGETHER if on_gpu(encoders.vae) else 1
+    with made_ahead(rest, read) as made:
+        while window := [ready() for ready in islice(made, together)]:
             kept.between()
-            try:
-                kept.samples += _samples(item, picture(), encoders, kept, noise)
-            except (ImageError, ValueError) as error:
-                kept.skipped.append(str(error))
-                sink(Notice(text=f"skipped: {error}", level="warning"))
-            else:
-                sink(Progress(stage="encoding images", done=kept.count + 1, total=len(items)))
-            kept.count += 1
+            for one in encoded(window, encoders.vae, encoders.cache):
+                if one.why is None:
+                    kept.samples += _samples(one, encoders, kept, partial(noise, kept.count))
+                    sink(Progress(stage="encoding images", done=kept.count + 1, total=len(items)))
+                else:
+                    kept.skipped.append(one.why)
+                    sink(Notice(text=f"skipped: {one.why}", level="warning"))
+                kept.count += 1
     _refuse_nothing(items, kept, sink)
     return Prepared(tuple(kept.samples), tuple(kept.skipped), encoders.rules, None if encoders.live else kept.captions)
 
@@ -111,57 +99,20 @@ def _refuse_nothing(items: Sequence[Item], kept: Encoded, sink: EventSink) -> No
         raise DataError(f"{items[0].path.parent}: none of its {len(items)} images can be used: {kept.skipped[0]}")
 
 
-def _read(item: Item, sizes: Sequence[Sizes], encoders: Encoders) -> list[Picture]:
-    """In a thread: what the cache has of a picture, else the picture itself, once a bucket. Raises ImageError."""
-    content = content_hash(item.path) if encoders.cache.folder is not None else None
-    keys = [key_of("latents", content, encoders.vae_key, size) for size in sizes]
-    found = {key: _cached(encoders.cache, key) for key in keys}
-    image = load_image(item.path) if None in found.values() else None
-    pictures: dict[Bucket, Picture] = {}
-    for key, size in zip(keys, sizes, strict=True):
-        picture = found[key]
-        if picture is None:
-            made = cut(item.path, image, size)
-            told = torch.tensor([view.sizes for view in made.views])
-            picture = Picture(made.bucket, key, told, images=made.images)
-        pictures.setdefault(picture.bucket, picture)
-    return list(pictures.values())
-
-
-def _cached(cache: Cache, key: str) -> Picture | None:
-    found = cache.get(key)
-    if found is None or not {"mean", "std", "sizes"} <= set(found):
-        return None
-    height, width = found["sizes"][0, 4:].tolist()
-    return Picture(Bucket(width, height), key, found["sizes"], Moments(found["mean"], found["std"]))
-
-
 def _samples(
-    item: Item, pictures: Sequence[Picture], encoders: Encoders, kept: Encoded, noise: LatentNoise
+    one: Opened, encoders: Encoders, kept: Encoded, noise: Callable[[int, tuple[int, int, int]], Tensor]
 ) -> list[Sample]:
     """A sample a size."""
-    plain, *others = _texts(item.caption, encoders, kept.captions)
+    plain, *others = _texts(one.item.caption, encoders, kept.captions)
     tokens = max(map(length, (plain, *others)))
     samples: list[Sample] = []
-    for picture in pictures:
+    for picture in one.pictures:
         before = sum(len(sample.latents) for sample in samples)
         shape = latent_shape(encoders.vae, picture.bucket.width, picture.bucket.height)
-        drawn = torch.cat([noise(kept.count, before + number, shape) for number in range(len(picture.sizes))])
-        latents = sampled(encoders.vae, _moments(item, picture, encoders), drawn).cpu()
-        samples.append(Sample(item, picture.bucket, latents, picture.sizes, plain, tokens))
+        drawn = torch.cat([noise(before + number, shape) for number in range(len(picture.sizes))])
+        latents = sampled(encoders.vae, picture.moments, drawn).cpu()
+        samples.append(Sample(one.item, picture.bucket, latents, picture.sizes, plain, tokens))
     return samples
-
-
-def _moments(item: Item, picture: Picture, encoders: Encoders) -> Moments:
-    """Raises ImageError."""
-    vae, moments = encoders.vae, picture.moments
-    if moments is None:
-        each = [posterior(vae, to_tensor(image)) for image in picture.images]
-        moments = Moments(torch.cat([one.mean for one in each]), torch.cat([one.std for one in each]))
-        if not all(torch.isfinite(moment).all() for moment in moments):
-            raise ImageError(item.path, "the VAE gave numbers that are not finite")
-        encoders.cache.put(picture.key, {"mean": moments.mean, "std": moments.std, "sizes": picture.sizes})
-    return moments
 
 
 def _texts(caption: str, encoders: Encoders, known: dict[str, Text]) -> list[Text]:

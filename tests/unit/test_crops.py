@@ -123,10 +123,10 @@ def test_a_killed_run_goes_on_with_the_same_parts(wide, tmp_path):
 
 
 def test_a_second_run_reads_every_size_and_part_from_the_cache(wide, tmp_path, monkeypatch):
-    from lora_trainer.dataset import prepare
+    from lora_trainer.dataset import pictures
 
-    asked, real = [], prepare.posterior
-    monkeypatch.setattr(prepare, "posterior", lambda *given: asked.append(1) or real(*given))
+    asked, real = [], pictures.posterior
+    monkeypatch.setattr(pictures, "posterior", lambda *given: asked.append(1) or real(*given))
     changes = ALL | {"cache_dir": str(tmp_path / "cache"), "max_train_steps": 1}
     first, _ = train(wide, **changes)
     encoded = len(asked)
