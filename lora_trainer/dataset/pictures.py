@@ -104,10 +104,10 @@ def _together(pictures: Sequence[Picture], vae: AutoencoderKL) -> list[Picture]:
 
 def _finished(one: Opened, pictures: tuple[Picture, ...], cache: Cache) -> Opened:
     """`one` with all its posteriors; what is new goes into the cache, unless it is no number."""
-    for before, picture in zip(one.pictures, pictures, strict=True):
+    new = [picture for before, picture in zip(one.pictures, pictures, strict=True) if before.moments is None]
+    for picture in new:
         mean, std = picture.moments
         if not (torch.isfinite(mean).all() and torch.isfinite(std).all()):
             return Opened(one.item, why=f"{one.item.path}: the VAE gave numbers that are not finite")
-        if before.moments is None:
-            cache.put(picture.key, {"mean": mean, "std": std, "sizes": picture.sizes})
+        cache.put(picture.key, {"mean": mean, "std": std, "sizes": picture.sizes})
     return replace(one, pictures=pictures)

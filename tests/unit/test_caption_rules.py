@@ -157,6 +157,8 @@ def test_a_frozen_encoder_in_the_step_takes_no_gradient(many):
     feed, _, _ = feed_of(many, **SHUFFLED)
     batch = next(feed.batches(_first(feed, 1)[0]))
     model = open_tiny(many)
+    # As the WebUI's own are.
+    model.text.module.requires_grad_(True)
     with open_segment(build(many, SHUFFLED), model, None) as segment:
         assert set(segment.adapters) == {"unet"}
         assert not segment.network.encode(batch.ids).requires_grad

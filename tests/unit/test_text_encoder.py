@@ -187,8 +187,9 @@ class NoWaiting(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_nothing_in_the_step_waits_for_the_device(deep):
-    with opened(deep) as segment:
+@pytest.mark.parametrize("trained", [True, False])
+def test_nothing_in_the_step_waits_for_the_device(deep, trained):
+    with opened(deep, train_text_encoder=trained) as segment:
         given = batch(segment.model, emphasis=torch.full((2, 2, 77), 1.1))
         segment.forward_backward(given)
         with NoWaiting():
