@@ -108,6 +108,7 @@ def _finished(one: Opened, pictures: tuple[Picture, ...], cache: Cache) -> Opene
     for picture in new:
         mean, std = picture.moments
         if not (torch.isfinite(mean).all() and torch.isfinite(std).all()):
-            return Opened(one.item, why=f"{one.item.path}: the VAE gave numbers that are not finite")
+            error = ImageError(one.item.path, "the VAE gave numbers that are not finite")
+            return Opened(one.item, why=str(error))
         cache.put(picture.key, {"mean": mean, "std": std, "sizes": picture.sizes})
     return replace(one, pictures=pictures)
