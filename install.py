@@ -31,6 +31,8 @@ PACKAGES = (
     Package("zipp", "3.20.2", needed_by="importlib_metadata"),
     Package("peft", "0.13.2"),
     Package("msgspec", "0.22.0"),
+    # Newer Pythons read TOML themselves.
+    *([Package("tomli", "2.0.2")] if sys.version_info < (3, 11) else []),
 )
 
 

@@ -21,6 +21,7 @@ from lora_trainer.config.sources import parse_overrides, read_file
 from lora_trainer.doctor import command as doctor
 from lora_trainer.errors import UserError
 from lora_trainer.events import Finished
+from lora_trainer.imports import command as imports
 from lora_trainer.logs import TerminalLog
 from lora_trainer.report import report
 
@@ -71,6 +72,8 @@ def _parser() -> argparse.ArgumentParser:
     crops = add("crops", _crops, "Draw what training will see of each picture. Options as for train.")
     crops.add_argument("--config", type=Path, help="a .yaml or .json file, or a LoRA whose run is repeated")
     crops.add_argument("--out", type=Path, default=Path("crops.png"), help="a .png or .jpg file")
+    importing = add("import", _import, "Turn a file of kohya, lora-scripts or OneTrainer into settings for train.")
+    imports.add_arguments(importing)
     demo = add("demo", _demo, "Train on the bundled pictures and draw what changed.")
     demo.add_argument("--out", type=Path, default=Path("demo-output"))
     demo.add_argument("--json", action="store_true", help="end with one line of JSON on standard output")
@@ -128,6 +131,11 @@ def _crops(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     # Nothing is trained: any base model will do.
     doctor.draw_crops(config_of(arguments.config, overrides, base_model="any"), arguments.out)
     print(arguments.out)
+    return DONE
+
+
+def _import(arguments: argparse.Namespace, _: Sequence[str]) -> int:
+    imports.run(arguments)
     return DONE
 
 

@@ -63,8 +63,14 @@ def _changed(settings: Mapping[str, object]) -> list[str]:
         option = options().get(key)
         if option is None or value == option.default or "prompt" in key:
             continue
-        told.append(f"{key}: {PurePath(str(value)).name if key in PATHS and value else value!r}")
+        told.append(f"{key}: {PurePath(str(value)).name if key in PATHS and value else _shown(key, value)}")
     return told
+
+
+def _shown(key: str, value: object) -> str:
+    if key == "concepts" and isinstance(value, list):
+        return repr([{**concept, "folder": PurePath(str(concept.get("folder"))).name} for concept in value])
+    return repr(value)
 
 
 def _trace(error: BaseException) -> list[str]:

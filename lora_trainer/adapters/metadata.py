@@ -28,10 +28,18 @@ class BaseFacts:
 
 
 @dataclass(frozen=True)
-class DataFacts:
-    """The data set: captions by folder, images by bucket (width, height)."""
+class Folder:
+    """The captions of its images, and how often an epoch sees each."""
 
-    captions: Mapping[str, Sequence[str]]
+    captions: Sequence[str]
+    repeats: int = 1
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """The data set: its folders by name; images by bucket (width, height), each as often as an epoch sees it."""
+
+    folders: Mapping[str, Folder]
     buckets: Mapping[tuple[int, int], int]
     resolution: int
     batches_per_epoch: int
@@ -82,8 +90,10 @@ def build_metadata(run: RunFacts, data: DataFacts, base: BaseFacts) -> dict[str,
 
 
 def _data(data: DataFacts) -> dict[str, object]:
-    tags = {folder: dict(Counter(_tags(captions))) for folder, captions in data.captions.items()}
-    folders = {folder: {"n_repeats": 1, "img_count": len(captions)} for folder, captions in data.captions.items()}
+    tags = {name: dict(Counter(_tags(folder.captions))) for name, folder in data.folders.items()}
+    folders = {
+        name: {"n_repeats": folder.repeats, "img_count": len(folder.captions)} for name, folder in data.folders.items()
+    }
     buckets = {
         "buckets": {
             str(number): {"resolution": list(size), "count": count}

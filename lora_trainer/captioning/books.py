@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from lora_trainer.dataset.captions import FILE_COLUMNS, TEXT_COLUMNS, posix, read_metadata, read_text
-from lora_trainer.dataset.items import FROM_NAME, METADATA_NAMES, SIDECARS, Contents, read_folder, sidecars
+from lora_trainer.dataset.items import METADATA_NAMES, SIDECARS, STAND_INS, Contents, read_folder, sidecars
 from lora_trainer.errors import ConfigError, DataError, printable
 from lora_trainer.files import publish
 
@@ -141,18 +141,18 @@ class Table:
 
 
 def _known(contents: Contents) -> dict[Path, str]:
-    """Names of files are no captions."""
-    return {image: text for image, (text, source) in contents.captions.items() if source != FROM_NAME}
+    """Names of files and folders are no captions."""
+    return {image: text for image, (text, source) in contents.captions.items() if source not in STAND_INS}
 
 
 def _notes(contents: Contents) -> tuple[str, ...]:
-    """Without the last one where names serve as captions: that is about to change."""
-    by_name = any(source == FROM_NAME for _, source in contents.captions.values())
-    return contents.notes[:-1] if by_name else contents.notes
+    """Without the last one where names or concepts serve as captions: that is about to change."""
+    stands_in = any(source in STAND_INS for _, source in contents.captions.values())
+    return contents.notes[:-1] if stands_in else contents.notes
 
 
 def _refuse_hidden(folder: Path, contents: Contents, overwrites: bool) -> None:
-    hidden = [image for image, (_, source) in contents.captions.items() if source not in (*SIDECARS, FROM_NAME)]
+    hidden = [image for image, (_, source) in contents.captions.items() if source not in (*SIDECARS, *STAND_INS)]
     if overwrites and hidden:
         raise DataError(
             f"{folder}: the captions of {len(hidden)} pictures stand in a {contents.captions[hidden[0]][1]} of a "

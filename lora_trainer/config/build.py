@@ -42,7 +42,19 @@ def build(*sources: Mapping[str, object]) -> Config:
 
 def replace(config: Config, **changes: object) -> Config:
     """`config` with `changes`, checked anew. Raises ConfigError."""
-    return build(msgspec.structs.asdict(config), changes)
+    return build(msgspec.to_builtins(config), changes)
+
+
+def trigger_words_of(config: Config) -> str:
+    """The words that call the LoRA: the run's, then those of its concepts."""
+    return words_of(msgspec.to_builtins(config))
+
+
+def words_of(settings: Mapping[str, Any]) -> str:
+    """The same of a config's plain values, such as a job keeps."""
+    concepts = settings.get("concepts") or ()
+    words = [settings.get("trigger_words") or "", *(concept.get("trigger_words") or "" for concept in concepts)]
+    return ", ".join(dict.fromkeys(text for word in words if (text := word.strip(" ,"))))
 
 
 def output_name_of(config: Config) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any, Literal
 
 import msgspec
 
-from lora_trainer.config.options import Option, options
+from lora_trainer.config.options import Option, options, options_of
+from lora_trainer.config.yaml_text import YamlProblem, parse_yaml
 from lora_trainer.errors import printable, shown
 
 _TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")
@@ -20,6 +22,10 @@ class Problem(ValueError):
 
 def convert(option: Option, value: object) -> Any:
     """`value` as the option's type. Raises Problem, which names key, expectation and value."""
+    if option.struct and isinstance(value, (list, tuple)):
+        return [_entry(option, number, entry) for number, entry in enumerate(value, start=1)]
+    if option.struct:
+        return [_entry(option, 1, value)]
     try:
         prepared = _prepare(option, value)
         result = msgspec.convert(prepared, option.type, strict=False)
@@ -29,6 +35,31 @@ def convert(option: Option, value: object) -> Any:
     if isinstance(result, float) and not math.isfinite(result):
         raise Problem(f"{option.key}: expected {option.expected}, found {shown(value)}")
     return result
+
+
+def _entry(option: Option, number: int, value: object) -> msgspec.Struct:
+    """One struct of a list: a mapping, or a text with its first field or with {a mapping}. Raises Problem."""
+    assert option.struct is not None
+    fields, where = options_of(option.struct), f"{option.key}, entry {number}"
+    first, *others = fields
+    if isinstance(value, str):
+        try:
+            value = parse_yaml(value) if value.lstrip().startswith("{") else {first: value}
+        except YamlProblem as problem:
+            raise Problem(f"{where}: expected {{{first}: …}}, found {shown(value)} ({problem})") from None
+    if isinstance(value, option.struct):
+        value = msgspec.to_builtins(value)
+    if not isinstance(value, Mapping):
+        raise Problem(f"{option.key}: expected {option.expected}, found {shown(value)}")
+    strange = [key for key in value if key not in fields]
+    if strange:
+        raise Problem(f"{where}: expected {', '.join([first, *others])}, found {shown(strange[0])}")
+    if first not in value:
+        raise Problem(f"{where}: expected a {first}, found none")
+    try:
+        return option.struct(**{key: convert(fields[key], given) for key, given in value.items()})
+    except Problem as problem:
+        raise Problem(f"{where}, {problem}") from None
 
 
 def unknown(key: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import msgspec
 import yaml
@@ -20,7 +20,12 @@ TABLE_START, TABLE_END = "<!-- options:start -->", "<!-- options:end -->"
 
 def to_yaml(config: Config) -> str:
     """The whole config; reading it back gives an equal one."""
-    return yaml.dump(msgspec.structs.asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return dump(msgspec.to_builtins(config))
+
+
+def dump(settings: dict[str, object]) -> str:
+    """Settings as YAML, in their order."""
+    return yaml.dump(settings, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -38,11 +43,12 @@ _Dumper.add_representer(str, _text)
 def to_header(config: Config) -> str:
     """JSON for the file's header: absolute paths and previews are left out unless `metadata_private`, and the settings
     of a text encoder that is not trained."""
-    values = msgspec.structs.asdict(config)
+    values = msgspec.to_builtins(config)
     if not config.train_text_encoder:
         values = {key: value for key, value in values.items() if key not in TEXT_ENCODER}
     if not config.metadata_private:
         values = {key: value for key, value in values.items() if key not in PRIVATE and not _reveals(key, value)}
+        values["concepts"] = [{**concept, "folder": _inside(concept["folder"])} for concept in values["concepts"]]
         if "sample_prompts" not in values:
             values.pop("sample_every")
     return json.dumps(values, ensure_ascii=False, sort_keys=True)
@@ -50,8 +56,15 @@ def to_header(config: Config) -> str:
 
 def _reveals(key: str, value: object) -> bool:
     """Absolute paths, and those that climb out of the current folder, say where somebody keeps things."""
-    if key not in PATHS or not isinstance(value, str):
-        return False
+    return key in PATHS and isinstance(value, str) and _is_elsewhere(value)
+
+
+def _inside(folder: str) -> str:
+    """Of a concept's folder what tells nothing: its name."""
+    return PureWindowsPath(folder).name or "." if _is_elsewhere(folder) else folder
+
+
+def _is_elsewhere(value: str) -> bool:
     return value[:1] in "/\\~" or value[1:2] == ":" or ".." in value.replace("\\", "/").split("/")
 
 

@@ -18,7 +18,8 @@ _NOUNS = {int: "a whole number", float: "a number", str: "text", bool: "true or 
 
 @dataclass(frozen=True)
 class Option:
-    """A setting as users meet it. `kind` is its plain type: bool, int, float, str, list or Literal."""
+    """A setting as users meet it. `kind` is its plain type: bool, int, float, str, list or Literal; `struct` what a
+    list holds where that is no text."""
 
     key: str
     type: Any
@@ -28,6 +29,7 @@ class Option:
     default: Any
     required: bool
     optional: bool
+    struct: type[msgspec.Struct] | None = None
     entry: Meta | None = None
 
     @property
@@ -52,6 +54,9 @@ class Option:
             )
         elif self.numbers:
             words = " ".join(["a list of whole numbers", *_bounds(self.entry)])
+        elif self.struct:
+            first, *others = options_of(self.struct)
+            words = f"a list of {first}s or of {{{', '.join([first, *others])}}}"
         elif self.kind is list:
             words = "a list of texts" if not self.meta.min_length else "a list of at least one text"
         else:
@@ -76,7 +81,8 @@ def _option(field: msgspec.structs.FieldInfo, hint: Any) -> Option:
     annotated = next(part for part in parts if get_origin(part) is Annotated)
     inner, meta = get_args(annotated)
     choices = get_args(inner) if get_origin(inner) is Literal else ()
-    entries = [get_args(entry)[1] for entry in get_args(inner) if get_origin(entry) is Annotated]
+    held = get_args(inner)[0] if get_origin(inner) is list else None
+    entry = get_args(held)[1] if get_origin(held) is Annotated else None
     default = field.default
     if field.default_factory is not msgspec.NODEFAULT:
         default = field.default_factory()
@@ -89,7 +95,8 @@ def _option(field: msgspec.structs.FieldInfo, hint: Any) -> Option:
         default=None if default is msgspec.NODEFAULT else default,
         required=field.required,
         optional=len(parts) > 1,
-        entry=entries[0] if entries else None,
+        struct=held if isinstance(held, type) and issubclass(held, msgspec.Struct) else None,
+        entry=entry,
     )
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import posixpath
 import re
 from collections.abc import Iterator
 
-from msgspec import structs
+import msgspec
 
 from lora_trainer.config.schema import PATHS, Config
 from lora_trainer.errors import shown
@@ -14,7 +15,7 @@ from lora_trainer.errors import shown
 FORBIDDEN = re.compile(r'[:<>,/\\|?*"\x00-\x1f\x7f]')
 RESERVED = {"none", "addams", "con", "prn", "aux", "nul"} | {f"{d}{n}" for d in ("com", "lpt") for n in range(1, 10)}
 MAX_NAME_BYTES = 150
-MAX_TEXT, MAX_ENTRIES = 10_000, 1_000
+MAX_TEXT, MAX_ENTRIES, MAX_CONCEPTS = 10_000, 1_000, 100
 
 
 def problems(config: Config) -> list[str]:
@@ -60,6 +61,19 @@ def _paths(config: Config) -> Iterator[str]:
             yield f"{key}: expected a path without NUL bytes, found {shown(getattr(config, key))}"
 
 
+def _concepts(config: Config) -> Iterator[str]:
+    seen: dict[str, int] = {}
+    for number, concept in enumerate(config.concepts, start=1):
+        if not concept.folder.strip():
+            yield f"concepts, entry {number}: expected a folder, found nothing"
+        if "\0" in concept.folder:
+            yield f"concepts, entry {number}: expected a path without NUL bytes, found {shown(concept.folder)}"
+        first = seen.setdefault(posixpath.normpath(concept.folder.replace("\\", "/")), number)
+        if first != number:
+            yield f"concepts: expected each folder once, found {shown(concept.folder)} in entries {first} and {number}"
+            return
+
+
 def _name(config: Config) -> Iterator[str]:
     name = config.output_name
     if name is None:
@@ -73,19 +87,15 @@ def _name(config: Config) -> Iterator[str]:
 
 
 def _size(config: Config) -> Iterator[str]:
-    for key, value in structs.asdict(config).items():
-        if isinstance(value, list) and len(value) > MAX_ENTRIES:
-            yield f"{key}: expected at most {MAX_ENTRIES:,} entries, found {len(value):,}"
+    for key, value in msgspec.to_builtins(config).items():
+        most = MAX_CONCEPTS if key == "concepts" else MAX_ENTRIES
+        if isinstance(value, list) and len(value) > most:
+            yield f"{key}: expected at most {most:,} entries, found {len(value):,}"
         # What is accepted must fit the YAML file beside the output, and that be read again.
-        length = (
-            sum(len(str(entry)) for entry in value)
-            if isinstance(value, list)
-            else len(value)
-            if isinstance(value, str)
-            else 0
-        )
+        texts = value if isinstance(value, list) else [value] if isinstance(value, str) else []
+        length = sum(len(text if isinstance(text, str) else str(text)) for text in texts)
         if length > MAX_TEXT:
             yield f"{key}: expected at most {MAX_TEXT:,} characters, found {length:,}"
 
 
-RULES = (_size, _paths, _validation, _previews, _text_encoder, _captions, _warmup, _name)
+RULES = (_size, _paths, _concepts, _validation, _previews, _text_encoder, _captions, _warmup, _name)

@@ -19,8 +19,19 @@ def _about(group: str, text: str, **bounds: Any) -> Meta:
 MODEL, DATA, CAPTIONS, LORA = "Model", "Data", "Captions", "LoRA"
 TRAINING, OUTPUT, PREVIEWS = "Training", "Output", "Validation and previews"
 GROUPS = (MODEL, DATA, CAPTIONS, LORA, TRAINING, OUTPUT, PREVIEWS)
+# Larger numbers before a folder's name are years and the like.
+MAX_REPEATS = 1000
 # The options that name a file or a folder.
 PATHS = ("base_model", "train_data_dir", "metadata_path", "validation_data_dir", "cache_dir", "output_dir")
+
+
+class Concept(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One entry of `concepts`, checked as a Config is."""
+
+    folder: Annotated[str, _about(DATA, "In train_data_dir (. is itself), or a path elsewhere.")]
+    repeats: Annotated[int, _about(DATA, "How often an epoch sees each of its pictures.", ge=1, le=MAX_REPEATS)] = 1
+    trigger_words: Annotated[str, _about(DATA, "In place of the run's trigger_words.")] | None = None
+    caption: Annotated[str, _about(DATA, "The caption of pictures that have none.")] = ""
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -58,6 +69,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         str,
         _about(DATA, "The folder of training pictures, with captions in metadata.csv, metadata.jsonl or .txt files."),
     ]
+    concepts: Annotated[
+        list[Concept],
+        _about(
+            DATA, "Only these folders, each in its own way: castle or {folder: castle, repeats: 10, trigger_words: x}."
+        ),
+    ] = msgspec.field(default_factory=list)
     metadata_path: (
         Annotated[str, _about(DATA, "A caption file elsewhere or under another name (.csv or .jsonl).")] | None
     ) = None

@@ -104,6 +104,14 @@ def _refuse_large(path: Path, text: str) -> None:
         raise DataError(f"{path}: expected lines of at most {MAX_LINE:,} characters, found one of {longest:,}")
 
 
+def relative(metadata: Path, number: int, file: str) -> str:
+    """The file name of a row, relative to the folder it must stay in. Raises DataError."""
+    path = PurePosixPath(posix(file))
+    if path.is_absolute() or ".." in path.parts or re.match(r"[A-Za-z]:", file):
+        raise DataError(f"{metadata}, line {number}: expected a name inside the folder, found {file}")
+    return path.as_posix()
+
+
 def posix(file: str) -> str:
     """A file name of a row with one way to write it: forward slashes, no leading or doubled `./`."""
     return PurePosixPath(file.replace("\\", "/")).as_posix()

@@ -15,7 +15,7 @@ from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
 from lora_trainer.errors import DataError, printable
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-MAX_PIXELS = 200_000_000
+MAX_PIXELS = 105_000_000
 MAX_RUN_LENGTH_PIXELS = 8_000_000
 # Pixels times passes: twice what the largest picture needs.
 MAX_PROGRESSIVE_WORK = 20 * MAX_PIXELS

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
+from lora_trainer.config.schema import Concept
 from lora_trainer.dataset.captions import (
     Complain,
     clean,
@@ -16,14 +18,20 @@ from lora_trainer.dataset.captions import (
     read_metadata,
     read_text,
     refuse_long,
+    relative,
     stop,
 )
+from lora_trainer.dataset.concepts import Layout, layout
+from lora_trainer.dataset.folders import files_of
 from lora_trainer.dataset.images import IMAGE_SUFFIXES
-from lora_trainer.errors import DataError
+from lora_trainer.errors import DataError, printable
 
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl")
+PARQUET = "metadata.parquet"
 SIDECARS = (".txt", ".caption")
-FROM_NAME = "file name"
+FROM_NAME, FROM_CONCEPT = "file name", "concept"
+# Sources of captions that nobody wrote for the picture.
+STAND_INS = (FROM_NAME, FROM_CONCEPT)
 # Pictures of kinds that are not read, which it would be wrong to pass over in silence.
 OTHER_PICTURES = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".psd", ".svg", ".tga", ".dng", ".cr2", ".nef")
 # Names that cameras and programs give say nothing about the picture: IMG_0001, DSC1234, 20240101_120000, a hash.
@@ -39,20 +47,21 @@ Captions = dict[Path, tuple[str, str]]
 
 @dataclass(frozen=True)
 class Item:
-    """A picture file and its caption; several are lines. `source` says where they came from, `weight` how much the
-    picture counts."""
+    """A picture file and its caption; several are lines. `source` says where they came from. An epoch sees it
+    `repeats` times, and its loss counts `weight` times."""
 
     path: Path
     caption: str
     source: str
+    repeats: int = 1
     weight: float = 1.0
 
 
 @dataclass(frozen=True)
 class Contents:
     """What a folder holds, as training reads it. `empty` are pictures with a caption file or row that has no words,
-    `deeper` are folders further down, which are not read, and `unnamed` files whose names are no text. `weights` are
-    those of rows."""
+    `deeper` are folders further down, which are not read, and `unnamed` files whose names are no text. `layout` tells
+    which concept a picture belongs to, `weights` are those of rows."""
 
     images: tuple[Path, ...]
     captions: Captions
@@ -61,6 +70,7 @@ class Contents:
     deeper: tuple[Path, ...]
     unnamed: tuple[str, ...]
     notes: tuple[str, ...]
+    layout: Layout
     weights: Mapping[Path, float]
 
 
@@ -73,47 +83,75 @@ class Scan:
     skipped: tuple[str, ...]
 
 
-def scan(folder: Path, *, metadata: Path | None = None, trigger_words: str = "", lines: bool = False) -> Scan:
-    """The pictures of `folder` and of its direct sub-folders, with captions.
+def scan(
+    folder: Path,
+    *,
+    metadata: Path | None = None,
+    trigger_words: str = "",
+    concepts: Sequence[Concept] = (),
+    lines: bool = False,
+) -> Scan:
+    """The pictures of `folder` and of its direct sub-folders, with captions; or those of the folders in `concepts`.
 
     Captions come from `metadata`, else metadata.csv or metadata.jsonl in the folder and sub-folders; where those
-    have none for a picture, from a .txt or .caption file beside it, with `lines` each line a caption of its own; when
-    no picture has any, from file names. Raises DataError.
+    have none for a picture, from a .txt or .caption file beside it, with `lines` each line a caption of its own; else
+    from its concept; when no picture has any, from file names. Raises DataError.
     """
-    found = read_folder(folder, metadata=metadata, lines=lines)
+    found = read_folder(folder, metadata=metadata, concepts=concepts, lines=lines)
     _refuse_gaps(folder, found.images, found.captions)
     skipped = [f"{folder}: {text}: the file's name is not Unicode" for text in found.unnamed]
     others = [file for file in found.others if file.suffix.lower() in OTHER_PICTURES]
     skipped += [f"{file}: {file.suffix} pictures are not read; save it as PNG or JPEG" for file in others]
-    captions = [found.captions[image] for image in found.images]
-    items = [
-        Item(image, _each_with_trigger(caption, trigger_words), source, found.weights.get(image, 1.0))
-        for image, (caption, source) in zip(found.images, captions, strict=True)
-    ]
+    items = [_item(found, image, trigger_words) for image in found.images]
     return Scan(tuple(items), found.notes, tuple(skipped))
 
 
+def _item(found: Contents, image: Path, trigger_words: str) -> Item:
+    (caption, source), concept = found.captions[image], found.layout.concept(image)
+    words = trigger_words if concept.trigger_words is None else concept.trigger_words
+    led = "\n".join(with_trigger(line, words) for line in caption.split("\n"))
+    return Item(image, led, source, concept.repeats, found.weights.get(image, 1.0))
+
+
 def read_folder(
-    folder: Path, *, metadata: Path | None = None, complain: Complain = stop, lines: bool = False
+    folder: Path,
+    *,
+    metadata: Path | None = None,
+    concepts: Sequence[Concept] = (),
+    complain: Complain = stop,
+    lines: bool = False,
 ) -> Contents:
     """As `scan`, with gaps. What stops a training is told to `complain`; where that returns, the rest is read.
 
     Raises DataError when there is no such folder.
     """
-    files, deeper, unnamed = _files(folder, complain)
+    plan = layout(folder, concepts)
+    read = [files_of(root, complain) for root in plan.roots]
+    files, deeper, unnamed = (
+        list(dict.fromkeys(entry for part in parts for entry in part)) for parts in zip(*read, strict=True)
+    )
     images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
     if not images:
         kinds = " ".join(sorted(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES))
         complain(folder, DataError(f"{folder}: expected pictures ({kinds}), found none among {len(files)} files"))
-    reading = _Reading(folder, images, complain)
+    reading = _Reading(folder, images, complain, plan)
     reading.add_metadata(metadata)
     reading.add_sidecars(clean_lines if lines else clean)
+    reading.add_words()
     if images and not reading.captions:
         reading.add_names()
     others = [file for file in files if file.suffix.lower() not in IMAGE_SUFFIXES]
     empty, notes = frozenset(reading.empty), tuple(reading.notes)
     return Contents(
-        tuple(images), reading.captions, empty, tuple(others), tuple(deeper), tuple(unnamed), notes, reading.weights
+        tuple(images),
+        reading.captions,
+        empty,
+        tuple(others),
+        tuple(deeper),
+        tuple(unnamed),
+        notes,
+        plan,
+        reading.weights,
     )
 
 
@@ -130,66 +168,28 @@ def with_trigger(caption: str, words: str) -> str:
     return f"{words}, {caption}" if caption else words
 
 
-def _each_with_trigger(caption: str, words: str) -> str:
-    return "\n".join(with_trigger(line, words) for line in caption.split("\n"))
-
-
-def _files(folder: Path, complain: Complain) -> tuple[list[Path], list[Path], list[str]]:
-    """The visible files of `folder` and its direct sub-folders, in an order that no locale changes; the folders
-    further down; and the files left out because their names are no text, so that no log or caption could hold them."""
-    try:
-        if not folder.exists():
-            raise DataError(f"{folder}: no such folder; expected pictures to train on")
-        if not folder.is_dir():
-            raise DataError(f"{folder}: expected a folder of pictures, found a file")
-    except OSError as error:
-        raise DataError(f"{error.filename or folder}: cannot be read: {error.strerror}") from None
-    folders, files = _visible(folder, complain)
-    below = [_visible(place, complain) for place in folders]
-    files += [file for _, inside in below for file in inside]
-    named = {file.relative_to(folder).as_posix(): file for file in files}
-    shown = {name: name.encode(errors="backslashreplace").decode() for name in sorted(named)}
-    unnamed = [text for name, text in shown.items() if text != name]
-    deeper = sorted(place for places, _ in below for place in places)
-    return [named[name] for name, text in shown.items() if text == name], deeper, unnamed
-
-
-def _visible(place: Path, complain: Complain) -> tuple[list[Path], list[Path]]:
-    """The folders and the files in `place`."""
-    folders: list[Path] = []
-    files: list[Path] = []
-    try:
-        for entry in place.iterdir():
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                folders.append(entry)
-            elif entry.is_file():
-                files.append(entry)
-    except OSError as error:
-        complain(place, DataError(f"{error.filename or place}: cannot be read: {error.strerror}"))
-    return folders, files
-
-
 class _Reading:
     """The captions of a folder's pictures, found source by source."""
 
-    def __init__(self, folder: Path, images: Sequence[Path], complain: Complain) -> None:
-        self.folder, self.images, self.complain = folder, images, complain
+    def __init__(self, folder: Path, images: Sequence[Path], complain: Complain, plan: Layout) -> None:
+        self.folder, self.images, self.complain, self.plan = folder, images, complain, plan
         self.captions: Captions = {}
         self.empty: set[Path] = set()
         self.weights: dict[Path, float] = {}
-        self.notes: list[str] = []
+        self.notes: list[str] = list(plan.notes)
 
     def add_metadata(self, metadata: Path | None) -> None:
         if metadata is not None:
             self._add_rows(self.folder, metadata)
             return
         # The folder's own file comes last, so that it overrides those of its sub-folders.
-        for place in sorted({self.folder, *(image.parent for image in self.images)}, reverse=True):
+        for place in sorted({self.folder, *self.plan.roots, *(image.parent for image in self.images)}, reverse=True):
             found = next((place / name for name in METADATA_NAMES if (place / name).is_file()), None)
             if found is not None:
                 self._add_rows(place, found)
+            elif (place / PARQUET).is_file():
+                wanted = "expected captions as metadata.csv or metadata.jsonl, found Parquet, which is not read"
+                self.complain(place / PARQUET, DataError(f"{place / PARQUET}: {wanted}; save it as one of those"))
 
     def _add_rows(self, place: Path, metadata: Path) -> None:
         """The captions of `metadata`, whose rows name pictures relative to `place`."""
@@ -204,9 +204,11 @@ class _Reading:
         missing = []
         for row in rows:
             try:
-                image = by_name.get(_normal(_inside(metadata, row.number, row.file)))
+                image = by_name.get(_normal(relative(metadata, row.number, row.file)))
             except DataError as problem:
                 self.complain(metadata, problem)
+                continue
+            if image is None and self.plan.partial and os.path.isfile(place / posix(row.file)):
                 continue
             if image is None:
                 missing.append(f"line {row.number}: {row.file}")
@@ -241,6 +243,16 @@ class _Reading:
                 else:
                     self.empty.add(image)
 
+    def add_words(self) -> None:
+        """What concepts say of pictures that have no caption of their own."""
+        words = {image: self.plan.concept(image).caption for image in self.images if image not in self.captions}
+        words = {image: clean(text) for image, text in words.items() if text.strip()}
+        self.captions |= {image: (text, FROM_CONCEPT) for image, text in words.items()}
+        if words:
+            count = f"{len(words)} of {len(self.images)} pictures have no caption of their own"
+            listed = _few([f'"{text}"' for text in dict.fromkeys(words.values())])
+            self.notes.append(printable(f"{self.folder}: {count}: they get that of their concept, {listed}"))
+
     def add_names(self) -> None:
         """Better than nothing, and said aloud."""
         self.captions = {image: (_from_name(image), FROM_NAME) for image in self.images}
@@ -261,14 +273,6 @@ def _normal(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def _inside(metadata: Path, number: int, file: str) -> str:
-    """The file name of a row, relative to the folder it must stay in. Raises DataError."""
-    path = PurePosixPath(posix(file))
-    if path.is_absolute() or ".." in path.parts or re.match(r"[A-Za-z]:", file):
-        raise DataError(f"{metadata}, line {number}: expected a name inside the folder, found {file}")
-    return path.as_posix()
-
-
 def _from_name(image: Path) -> str:
     """The words of a file name without its number, or the folder's name where it has none."""
     words = re.sub(r"[\s_-]*\(?\d+\)?$", "", re.sub(r"^\d+[\s_-]+", "", image.stem))
@@ -278,12 +282,16 @@ def _from_name(image: Path) -> str:
 
 
 def _refuse_gaps(folder: Path, images: Sequence[Path], captions: Mapping[Path, tuple[str, str]]) -> None:
-    without = [image.relative_to(folder).as_posix() for image in images if image not in captions]
+    without = [_shown(image, folder) for image in images if image not in captions]
     if without:
         raise DataError(
             f"{folder}: {len(without)} of {len(images)} pictures have no caption ({_few(without)}); "
             "add a row or a .txt file for each, or take them out of the folder"
         )
+
+
+def _shown(image: Path, folder: Path) -> str:
+    return image.relative_to(folder).as_posix() if image.is_relative_to(folder) else str(image)
 
 
 def _few(names: Sequence[str]) -> str:

@@ -41,13 +41,13 @@ class First:
 class Rules:
     """How captions change from visit to visit. A caption's lines are captions of which one is chosen.
 
-    A tag ends at a comma. With `prompts` captions are the WebUI's prompts: a comma inside brackets ends no tag, and
-    nothing moves across a BREAK.
+    `trigger_words` are the run's and its concepts'. A tag ends at a comma. With `prompts` captions are the WebUI's
+    prompts: a comma inside brackets ends no tag, and nothing moves across a BREAK.
     """
 
     prefix: str = ""
     suffix: str = ""
-    trigger_words: str = ""
+    trigger_words: tuple[str, ...] = ()
     shuffle: bool = False
     keep_tokens: int = 0
     tag_dropout: float = 0.0
@@ -107,10 +107,10 @@ class Rules:
         return ", ".join([*kept, *free, *last])
 
     def _kept(self, tags: Sequence[str]) -> int:
-        """How many tags stay first: those asked for, and the trigger words where the caption begins with them."""
-        words = [tag.casefold() for tag in self._tags(self.trigger_words)]
-        leads = [tag.casefold() for tag in tags[: len(words)]] == words
-        return max(self.keep_tokens, len(words) if leads else 0)
+        """How many tags stay first: those asked for, and trigger words that the caption begins with."""
+        folded = [tag.casefold() for tag in tags]
+        triggers = [[tag.casefold() for tag in self._tags(words)] for words in self.trigger_words]
+        return max(self.keep_tokens, *(len(words) for words in triggers if folded[: len(words)] == words), 0)
 
     def _tags(self, text: str) -> list[str]:
         pieces = _outside_brackets(text) if self.prompts else text.split(",")

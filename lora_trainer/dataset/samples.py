@@ -87,9 +87,17 @@ class Prepared:
         return len({sample.item.path for sample in self.samples})
 
     @property
+    def epoch(self) -> tuple[Sample, ...]:
+        """What an epoch sees: each sample `repeats` times."""
+        return tuple(sample for sample in self.samples for _ in range(sample.item.repeats))
+
+    @property
     def buckets(self) -> dict[tuple[int, int], int]:
-        """Images by (width, height)."""
-        return dict(Counter((s.bucket.width, s.bucket.height) for s in self.samples))
+        """Images by (width, height), each as often as an epoch sees it."""
+        sizes: Counter[tuple[int, int]] = Counter()
+        for sample in self.samples:
+            sizes[sample.bucket.width, sample.bucket.height] += sample.item.repeats
+        return dict(sizes)
 
 
 _BY_CHUNK = ("context", "ids", "emphasis")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator
 
@@ -39,26 +38,30 @@ def count(subject: Subject) -> Iterator[Finding]:
 
 
 def imbalance(subject: Subject) -> Iterator[Finding]:
-    """Concepts are sub-folders; without them, what the captions begin with when that is one of a few things."""
-    by, sizes = _concepts(subject)
+    """Concepts are folders; without them, what the captions begin with when that is one of a few things. Repeats
+    count."""
+    by, sizes, repeated = _concepts(subject)
     if len(sizes) < 2 or max(sizes.values()) < UNEQUAL * min(sizes.values()):
         return
     listed = ", ".join(f"{name} {size}" for name, size in sizes.most_common(_CONCEPTS))
-    repeats = any(re.match(r"\d+_", name) for name in sizes) and by == "folder"
-    note = "; a number before a folder's name does not repeat its pictures" if repeats else ""
-    mend = "Add pictures to the small ones, or take some out of the large ones."
-    yield Finding("imbalance", "warning", (), f"pictures by {by}: {listed}{note}", mend)
+    mend = "Add pictures to the small ones, or repeat them; or take some out of the large ones."
+    what = "visits an epoch" if repeated else "pictures"
+    yield Finding("imbalance", "warning", (), f"{what} by {by}: {listed}", mend)
 
 
-def _concepts(subject: Subject) -> tuple[str, Counter[str]]:
-    images = subject.contents.images
-    folders = Counter(image.parent.name for image in images if image.parent != subject.folder)
-    if folders:
-        loose = sum(image.parent == subject.folder for image in images)
-        return "folder", folders + Counter({"(the folder itself)": loose})
+def _concepts(subject: Subject) -> tuple[str, Counter[str], bool]:
+    """By what they are told apart, how large they are, and whether pictures of some are repeated."""
+    images, layout = subject.contents.images, subject.contents.layout
+    folders: Counter[str] = Counter()
+    for image in images:
+        home = layout.home(image) or image.parent
+        name = "(the folder itself)" if home == subject.folder else home.name
+        folders[name] += layout.concept(image).repeats
+    if len(folders) > 1:
+        return "folder", folders, sum(folders.values()) > len(images)
     openings = Counter(caption.lower().split(",")[0].strip() for caption in subject.captions.values() if "," in caption)
     few = len(openings) <= _CONCEPTS and all(size >= _CONCEPT for size in openings.values())
-    return "first tag", openings if few and sum(openings.values()) == len(subject.captions) else Counter()
+    return "first tag", openings if few and sum(openings.values()) == len(subject.captions) else Counter(), False
 
 
 CHECKS = (count, imbalance)

@@ -79,7 +79,9 @@ def identical(subject: Subject) -> Iterator[Finding]:
 
 def triggers(subject: Subject) -> Iterator[Finding]:
     """Words that call the LoRA: those that were named, else what nearly all captions begin with."""
-    captions, words = subject.captions, subject.wanted.trigger_words.strip(" ,")
+    layout, words = subject.contents.layout, subject.wanted.trigger_words.strip(" ,")
+    # A concept with words of its own gets those.
+    captions = {file: text for file, text in subject.captions.items() if layout.concept(file).trigger_words is None}
     if len(captions) < 2:
         return
     if words:

@@ -6,11 +6,14 @@ import argparse
 import json
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from lora_trainer.config import Config
+from lora_trainer.config.convert import Problem, convert
+from lora_trainer.config.options import options
+from lora_trainer.config.schema import Concept
 from lora_trainer.dataset.crops import sizes_of
 from lora_trainer.dataset.items import read_folder
 from lora_trainer.doctor import crops, sheet
@@ -26,6 +29,9 @@ MIN_RESOLUTION, MAX_RESOLUTION = 64, 4096
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--metadata", type=Path, help="a caption file elsewhere or under another name")
+    parser.add_argument(
+        "--concept", action="append", default=[], help="one of the training's concepts; may be given more than once"
+    )
     parser.add_argument("--trigger-words", default="", help="as the training will be given them")
     parser.add_argument("--resolution", type=int, default=Wanted.resolution, help="as the training will be given it")
     parser.add_argument("--json", action="store_true", help="the report as JSON on standard output")
@@ -41,7 +47,13 @@ def check(arguments: argparse.Namespace, sink: EventSink) -> bool:
         sheet.check_name(arguments.sheet)
     wanted = Wanted(arguments.resolution, trigger_words=arguments.trigger_words)
     with quiet_pillow():
-        report = examine(arguments.folder, metadata=arguments.metadata, wanted=wanted, sink=sink)
+        report = examine(
+            arguments.folder,
+            metadata=arguments.metadata,
+            concepts=_concepts(arguments.concept),
+            wanted=wanted,
+            sink=sink,
+        )
     # Names may hold what the terminal's encoding does not.
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -58,11 +70,18 @@ def check(arguments: argparse.Namespace, sink: EventSink) -> bool:
 
 def draw_crops(config: Config, path: Path) -> None:
     """What `config` makes of its pictures, under `path`. Raises UserError."""
-    files = read_folder(Path(config.train_data_dir)).images
+    files = read_folder(Path(config.train_data_dir), concepts=config.concepts).images
     if len(files) > crops.MOST:
         print(f"the first {crops.MOST} of {len(files)} pictures", file=sys.stderr)
     with quiet_pillow():
         sheet.write(crops.draw(files, sizes_of(config, Wanted.resolution)), path)
+
+
+def _concepts(given: Sequence[str]) -> list[Concept]:
+    try:
+        return convert(options()["concepts"], given)
+    except Problem as problem:
+        raise ConfigError([str(problem)]) from None
 
 
 @contextmanager

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from lora_trainer.config.schema import Concept
 from lora_trainer.dataset.items import read_folder
 from lora_trainer.doctor import check_balance, check_captions, check_files, check_likeness, check_pictures
 from lora_trainer.doctor.findings import Finding, Report, ordered
@@ -29,11 +30,12 @@ def examine(
     folder: Path,
     *,
     metadata: Path | None = None,
+    concepts: Sequence[Concept] = (),
     wanted: Wanted | None = None,
     sink: EventSink = lambda event: None,
     most_seconds: float = float("inf"),
 ) -> Report:
-    """Everything that is wrong with `folder`, as training with `metadata` and `wanted` would read it.
+    """Everything that is wrong with `folder`, as training with these settings would read it.
 
     After `most_seconds` no more pictures are opened; the report says how many were. Raises DataError when there is no
     such folder.
@@ -44,7 +46,7 @@ def examine(
     def complain(place: Path, problem: DataError) -> None:
         problems.append((place, str(problem)))
 
-    contents = read_folder(folder, metadata=metadata, complain=complain)
+    contents = read_folder(folder, metadata=metadata, concepts=concepts, complain=complain)
     pictures = tuple(_pictures(contents.images, sink, most_seconds))
     subject = Subject(folder, contents, tuple(problems), pictures, wanted)
     findings = ordered(finding for check in CHECKS for finding in check(subject))

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from lora_trainer.dataset.buckets import Placement, place
-from lora_trainer.dataset.items import FROM_NAME, Contents
+from lora_trainer.dataset.items import FROM_NAME, STAND_INS, Contents
 from lora_trainer.doctor.pictures import Measures, Picture
 
 
@@ -40,7 +40,7 @@ class Subject:
         return {
             image: text.replace("\n", ", ")
             for image, (text, source) in found.items()
-            if not (broken and source == FROM_NAME)
+            if not (broken and source in STAND_INS)
         }
 
     @property

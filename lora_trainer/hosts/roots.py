@@ -10,6 +10,10 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 from urllib.parse import unquote
 
+import msgspec
+
+from lora_trainer.config.convert import Problem, convert
+from lora_trainer.config.options import options
 from lora_trainer.config.schema import PATHS
 from lora_trainer.errors import ConfigError, shown
 
@@ -65,9 +69,30 @@ class Roots:
                 checked[key] = str(self.check(key, settings[key]))
             except ConfigError as error:
                 problems += error.problems
+        try:
+            if settings.get("concepts") is not None:
+                checked["concepts"] = self._concepts(settings["concepts"], checked.get("train_data_dir"))
+        except ConfigError as error:
+            problems += error.problems
         if problems:
             raise ConfigError(problems)
         return checked
+
+    def _concepts(self, given: object, home: object) -> list[dict[str, Any]]:
+        """The entries of `given`, as it was sent; folders are relative to `home`. Raises ConfigError."""
+        try:
+            concepts = convert(options()["concepts"], given)
+        except Problem as problem:
+            raise ConfigError([str(problem)]) from None
+        for number, concept in enumerate(concepts, start=1):
+            key, folder = f"concepts, entry {number}", concept.folder
+            # By itself first: as the end of a longer path it could mean something else.
+            problem = next(_malformed(folder), None)
+            problem = problem or (next(_foreign_readings(folder), None) if self._enforced else None)
+            if problem:
+                raise self._refused(key, folder, problem)
+            self.check(key, str(Path(home if isinstance(home, str) else ".") / folder))
+        return msgspec.to_builtins(concepts)
 
     def _below(self, path: Path) -> Path | None:
         """`path` relative to the root it is in. A root may itself be a link, and may appear after the start."""

@@ -65,7 +65,7 @@ class JobService:
         """Queue a job. Raises OutputError when its folder cannot be written."""
         created = self._clock()
         stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(created))
-        settings: Mapping[str, object] = msgspec.structs.asdict(config)
+        settings: Mapping[str, object] = msgspec.to_builtins(config)
         head = Head(f"{stamp}-{secrets.token_hex(3)}", output_name_of(config), created, dict(settings))
         job = self._job(first_view(head), JobFolder.create(self._folder, head))
         try:

@@ -6,7 +6,7 @@ need it, so the blocks' forwards are wrapped here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -20,16 +20,28 @@ from torch.utils.checkpoint import checkpoint
 from lora_trainer.training.patching import patch
 
 BLOCKS = (BasicTransformerBlock, ResnetBlock2D)
+# Of the widest transformer blocks one in so many keeps its activations: there they cost the most to recompute for the
+# memory that they take.
+KEEPS = 4
 
 
 @contextmanager
-def checkpointed(network: nn.Module) -> Iterator[int]:
-    """Inside, each transformer and resnet block of `network` recomputes its activations; yields their number."""
+def checkpointed(network: nn.Module, *, every: bool = True) -> Iterator[int]:
+    """Inside, the transformer and resnet blocks of `network` recompute their activations, all or most of them; yields
+    their number."""
     blocks = [module for module in network.modules() if isinstance(module, BLOCKS)]
+    if not every:
+        kept = _widest(blocks)[KEEPS - 1 :: KEEPS]
+        blocks = [block for block in blocks if block not in kept]
     with ExitStack() as stack:
         for block in blocks:
             patch(stack, block, partial(recomputed, block.forward))
         yield len(blocks)
+
+
+def _widest(blocks: Sequence[nn.Module]) -> list[nn.Module]:
+    widths = {block: block.norm1.weight.numel() for block in blocks if isinstance(block, BasicTransformerBlock)}
+    return [block for block, width in widths.items() if width == max(widths.values())]
 
 
 def recomputed(forward: Callable, *args: Any, **kwargs: Any) -> Any:

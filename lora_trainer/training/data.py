@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
 from lora_trainer.config import Config
 from lora_trainer.dataset.cache import Cache
+from lora_trainer.dataset.concepts import described
 from lora_trainer.dataset.crops import sizes_of
-from lora_trainer.dataset.items import Item, scan
+from lora_trainer.dataset.grouping import by_folder
+from lora_trainer.dataset.items import Item, Scan, scan
 from lora_trainer.dataset.prepare import NO_RULES, Encoded, Encoders, LatentNoise, prepare
 from lora_trainer.dataset.samples import Prepared
 from lora_trainer.errors import DataError
@@ -39,9 +42,10 @@ class TrainingData:
 def find(config: Config, sink: EventSink) -> Items:
     """What the config's folders hold. Raises DataError."""
     metadata = Path(config.metadata_path) if config.metadata_path else None
-    items = _scan(Path(config.train_data_dir), metadata, config, sink)
+    items = _scan(partial(scan, Path(config.train_data_dir), metadata=metadata, concepts=config.concepts), config, sink)
+    tell_concepts(items, sink)
     if config.validation_data_dir:
-        return Items(items, _scan(Path(config.validation_data_dir), None, config, sink))
+        return Items(items, _scan(partial(scan, Path(config.validation_data_dir)), config, sink))
     return split(items, config.validation_split, config.seed)
 
 
@@ -110,8 +114,14 @@ def _encoders(config: Config, model: Model) -> Encoders:
     )
 
 
-def _scan(folder: Path, metadata: Path | None, config: Config, sink: EventSink) -> tuple[Item, ...]:
-    found = scan(folder, metadata=metadata, trigger_words=config.trigger_words, lines=config.wildcards)
+def tell_concepts(items: Sequence[Item], sink: EventSink) -> None:
+    """How often an epoch sees which pictures, where not each once."""
+    if any(item.repeats > 1 for item in items):
+        sink(Notice(text=described([(name, len(group), group[0].repeats) for name, group in by_folder(items).items()])))
+
+
+def _scan(read: Callable[..., Scan], config: Config, sink: EventSink) -> tuple[Item, ...]:
+    found = read(trigger_words=config.trigger_words, lines=config.wildcards)
     for note in found.notes:
         sink(Notice(text=note))
     for skipped in found.skipped:

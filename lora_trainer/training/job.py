@@ -111,7 +111,7 @@ class Job:
             step=step,
             name=self.output.name,
             started_at=self.output.started_at,
-            config=msgspec.structs.asdict(self.config),
+            config=msgspec.to_builtins(self.config),
             base=self._base,
             data=resume.digest(self.items),
             losses=list(self._losses),
@@ -135,7 +135,7 @@ class Job:
             return outcome
         self.validation.held_out = self.prepare.data.held_out
         feed = Feed(
-            self.prepare.data.train.samples,
+            self.prepare.data.train.epoch,
             self.prepare.data.train.captions(model.text.tokens),
             self.config.batch_size,
             self.config.gradient_accumulation_steps,

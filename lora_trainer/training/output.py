@@ -11,11 +11,12 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from lora_trainer.adapters.metadata import BaseFacts, DataFacts, RunFacts, build_metadata
+from lora_trainer.adapters.metadata import BaseFacts, DataFacts, Folder, RunFacts, build_metadata
 from lora_trainer.adapters.naming import PREFIXES, to_diffusers, to_kohya
 from lora_trainer.adapters.save import assemble
-from lora_trainer.config import Config
+from lora_trainer.config import Config, trigger_words_of
 from lora_trainer.config.export import to_header, to_yaml
+from lora_trainer.dataset.grouping import by_folder
 from lora_trainer.dataset.samples import Prepared
 from lora_trainer.errors import OutputError
 from lora_trainer.events import EventSink, Notice, Saved, Saving
@@ -122,9 +123,11 @@ class Output:
 
     def _metadata(self, model: Model, data: Prepared, progress: Progress) -> dict[str, str]:
         facts = model.facts
-        captions: dict[str, list[str]] = {}
-        for item in dict.fromkeys(sample.item for sample in data.samples):
-            captions.setdefault(item.path.parent.name, []).append(data.rules.plain(item.caption))
+        plain = data.rules.plain
+        items_of = by_folder(list(dict.fromkeys(sample.item for sample in data.samples)))
+        folders = {
+            name: Folder([plain(item.caption) for item in items], items[0].repeats) for name, items in items_of.items()
+        }
         hashes = facts.hashes()
         base = BaseFacts(
             name=facts.name,
@@ -143,11 +146,11 @@ class Output:
             finished_at=self.clock(),
             steps=progress.step,
             epoch=-(-progress.step // progress.steps_per_epoch),
-            trigger_words=self.config.trigger_words,
+            trigger_words=trigger_words_of(self.config),
             config_json=to_header(self.config),
             settings=kohya_settings(self.config) | {"clip_skip": skip if skip > 1 else None},
         )
-        return build_metadata(run, DataFacts(captions, data.buckets, resolution, progress.batches_per_epoch), base)
+        return build_metadata(run, DataFacts(folders, data.buckets, resolution, progress.batches_per_epoch), base)
 
 
 def _kohya(segment: Segment) -> dict[str, Tensor]:

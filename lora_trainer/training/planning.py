@@ -43,9 +43,9 @@ class Planning:
     def lighter(self) -> Plan | None:
         return self.plan.lighter(self.config.batch_size)
 
-    def go_on_with(self, checkpointing: bool, parts: int) -> None:
+    def go_on_with(self, checkpointing: int, parts: int) -> None:
         """The plan that an earlier process came to."""
-        self.plan = Plan(checkpointing or self.plan.checkpointing, parts)
+        self.plan = Plan(max(checkpointing, self.plan.checkpointing), parts)
 
     def step_down(self, step: int) -> None:
         """To the next lighter plan, after `step` updates. Raises OutOfMemoryError when nothing is left to give up."""

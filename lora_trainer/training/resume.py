@@ -25,6 +25,7 @@ from lora_trainer.training.states import FOLDER, Facts, Kept, StateFolder, folde
 FREE = frozenset(
     {
         *PATHS,
+        "concepts",
         *(
             "output_name",
             "epochs",
@@ -69,7 +70,7 @@ def begin(config: Config, store: LoraStore, sink: EventSink, *, resume: bool) ->
 
 def compare(facts: Facts, config: Config) -> None:
     """Raises ResumeError when `config` is not the one that the run began with."""
-    now = msgspec.structs.asdict(config)
+    now = msgspec.to_builtins(config)
     # A setting that came with an update was at its default before.
     then = {key: option.default for key, option in options().items()} | facts.config
     changed = [key for key in sorted(now) if key not in FREE and then[key] != now[key]]
@@ -104,8 +105,10 @@ def digest(items: Items) -> str:
     whole = hashlib.sha256()
     for item in (*items.train, None, *items.held_out):
         facts = None if item is None else (item.path.name, item.caption, item.path.stat().st_size)
+        if item is not None and item.repeats > 1:
+            facts = (*facts, item.repeats)
         if item is not None and item.weight != 1:
-            facts += (item.weight,)
+            facts = (*facts, "weight", item.weight)
         whole.update(repr(facts).encode("utf-8", "surrogateescape"))
     return whole.hexdigest()
 

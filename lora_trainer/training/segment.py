@@ -24,7 +24,7 @@ from lora_trainer.training.checkpointing import checkpointed
 from lora_trainer.training.clip import StepClip
 from lora_trainer.training.dropout import LoraDropout
 from lora_trainer.training.fused import Fused, fuse, is_linear
-from lora_trainer.training.ladder import Plan
+from lora_trainer.training.ladder import ALL, Plan
 from lora_trainer.training.objectives import mse
 from lora_trainer.training.optimizers import AdamWSettings, FlatAdamW, Optimizer
 from lora_trainer.training.precision import LossScaler, resolve
@@ -123,8 +123,8 @@ def open_segment(
         stack.enter_context(fuse(model.unet, fused))
         checkpointing = (plan or Plan.of(config)).checkpointing
         if checkpointing:
-            stack.enter_context(checkpointed(model.unet))
-        encode = StepClip(model.text, fused, checkpointing, trained=config.train_text_encoder)
+            stack.enter_context(checkpointed(model.unet, every=checkpointing == ALL))
+        encode = StepClip(model.text, fused, bool(checkpointing), trained=config.train_text_encoder)
         network = Network(model.unet, model.noise, mse, precision, dropout, tier.memory_format, encode)
         segment = _assemble(config, model, adapters, network, working, tier)
         stack.callback(segment.captures.release)

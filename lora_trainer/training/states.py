@@ -50,7 +50,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     rollbacks: int
     validation_base: float | None
     validation_lora: float | None
-    checkpointing: bool
+    checkpointing: int
     parts: int
     tier: str
     threads: int

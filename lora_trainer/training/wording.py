@@ -20,7 +20,7 @@ def rules_of(config: Config) -> Rules:
     return Rules(
         prefix=config.caption_prefix.strip(),
         suffix=config.caption_suffix.strip(),
-        trigger_words=config.trigger_words,
+        trigger_words=(config.trigger_words, *(concept.trigger_words or "" for concept in config.concepts)),
         shuffle=config.shuffle_captions,
         keep_tokens=config.keep_tokens,
         tag_dropout=config.tag_dropout,

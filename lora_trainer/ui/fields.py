@@ -60,6 +60,7 @@ _LABELS = {
 # The command line writes the option's name where the page needs other or fewer words.
 _HELP = {
     "train_data_dir": "Pictures with captions beside them: metadata.csv, metadata.jsonl or one .txt for each picture.",
+    "concepts": "Only these folders in the folder of pictures: castle, or {folder: castle, repeats: 10}.",
     "lora_rank": "What it can hold. 4 to 16 for a style.",
     "batch_size": "Pictures at once; less saves memory.",
     "resolution": "In pixels; the model's own when empty.",
@@ -68,7 +69,10 @@ _HELP = {
 }
 
 _AUTOMATIC = ("output_name", "resolution", "lora_alpha")
-_PLACEHOLDERS = {"train_data_dir": "/path/to/my pictures"}
+_PLACEHOLDERS = {
+    "train_data_dir": "/path/to/my pictures",
+    "concepts": "{folder: castle, repeats: 10, trigger_words: my castle}",
+}
 
 Control = Literal["checkbox", "dropdown", "number", "text", "lines"]
 

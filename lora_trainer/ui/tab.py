@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _SHORT: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_name": False}
 
 # The settings that say how pictures and captions are read.
-_CHECKED = ("train_data_dir", "metadata_path", "trigger_words", "resolution", "allow_upscaling")
+_CHECKED = ("train_data_dir", "concepts", "metadata_path", "trigger_words", "resolution", "allow_upscaling")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,7 @@
-"""Uploaded pictures, captions and zip files into one flat folder, without trusting their names or sizes."""
+"""Uploaded pictures, captions and zip files into one folder, without trusting their names or sizes.
+
+It is flat, but for kohya's `10_name class` folders, whose names mean something.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from lora_trainer.config.rules import RESERVED
+from lora_trainer.dataset.concepts import numbered
 from lora_trainer.dataset.images import IMAGE_SUFFIXES
 from lora_trainer.errors import DataError, printable
 
@@ -80,15 +84,18 @@ class _Inbox:
     bytes: int = 0
     names: dict[str, str] = field(default_factory=dict)
 
-    def take(self, shown: str, source: BinaryIO) -> None:
-        """Copy `source` under the last part of its name `shown`; leave it out if it is no data set's file."""
+    def take(self, shown: str, source: BinaryIO, place: str = "") -> None:
+        """Copy `source` under the last part of its name `shown`, in the sub-folder `place`; leave it out if it is no
+        data set's file."""
         name = PurePosixPath(shown.replace("\\", "/")).name
         why = _unwanted(name)
         if why is not None:
             self.received.skipped.append(f"{printable(shown, 200)}: {why}")
             return
-        self._register(name, printable(shown, 200))
-        with (self.received.folder / name).open("xb") as target:
+        self._register(f"{place}/{name}" if place else name, printable(shown, 200))
+        folder = self.received.folder / place
+        folder.mkdir(exist_ok=True)
+        with (folder / name).open("xb") as target:
             self._copy(shown, source, target)
         if Path(name).suffix.lower() in IMAGE_SUFFIXES:
             self.received.pictures += 1
@@ -123,13 +130,13 @@ def _unpack(upload: Upload, inbox: _Inbox) -> None:
         entries = [entry for entry in archive.infolist() if not entry.is_dir()]
         if len(entries) > inbox.limits.entries:
             raise DataError(f"{upload.name}: expected at most {inbox.limits.entries:,} files, found {len(entries):,}")
+        entries = [entry for entry in entries if not _clutter(entry.filename)]
+        places = _places([entry.filename for entry in entries])
         for entry in entries:
-            if _clutter(entry.filename):
-                continue
             if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise DataError(f"{upload.name}: packed in a rare way; pack it as an ordinary zip")
             with archive.open(entry) as source:
-                inbox.take(entry.filename, source)
+                inbox.take(entry.filename, source, places.get(entry.filename, ""))
 
 
 @contextmanager
@@ -152,12 +159,23 @@ def _clutter(path: str) -> bool:
     return "__MACOSX" in parts or any(part.startswith(".") and part not in (".", "..") for part in parts)
 
 
+def _places(names: Sequence[str]) -> dict[str, str]:
+    """The sub-folder of each file of a zip: its own folder's name, where all that hold pictures have kohya's form."""
+    parents = {name: PurePosixPath(name.replace("\\", "/")).parent.name for name in names}
+    folders = {parents[name] for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES} - {""}
+    kept = {folder for folder in folders if numbered(folder) and not _unnameable(folder)}
+    return {name: parent for name, parent in parents.items() if parent in kept} if kept == folders else {}
+
+
 def _unwanted(name: str) -> str | None:
     """Why a file of this name is left out."""
     if Path(name).suffix.lower() not in (*IMAGE_SUFFIXES, *CAPTION_SUFFIXES):
         return "neither a picture nor captions"
+    return "a name that not every system can hold" if _unnameable(name) else None
+
+
+def _unnameable(name: str) -> bool:
+    """Whether some system cannot hold it."""
     stem = name.split(".")[0].strip().lower()
-    unnameable = not name.isprintable() or len(name.encode(errors="replace")) > MAX_NAME_BYTES
-    if unnameable or _BAD_NAME.search(name) or stem in _DEVICES or not stem:
-        return "a name that not every system can hold"
-    return None
+    odd = not name.isprintable() or len(name.encode(errors="replace")) > MAX_NAME_BYTES or name != name.rstrip(" .")
+    return odd or bool(_BAD_NAME.search(name)) or stem in _DEVICES or not stem

@@ -134,7 +134,7 @@ def test_command_line(words):
 
 LDM = ["model:", "params:", "unet_config:", "num_heads: ", "scale_factor: ", "timesteps: ", "version: ", "linear_end: "]
 WORLD = (Path(__file__).parents[2] / "demo" / "emoji-world.yaml").read_bytes()
-CONFIGS = mutated([WORLD], front=2000) | pieces([*LDM, *YAML]).map(str.encode)
+CONFIGS = mutated([WORLD], front=2000) | pieces([*LDM, *YAML]).map(lambda text: text.encode("utf-8", "surrogatepass"))
 
 
 @fuzz("config", 40, [{"content": b"[" * 10**5}, {"content": b"a" * 10**6}], content=CONFIGS)

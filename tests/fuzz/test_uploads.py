@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import strategies as st
 
+from lora_trainer.dataset.concepts import numbered
 from lora_trainer.errors import UserError
 from lora_trainer.ui.uploads import Limits, Upload, receive
 from tests.fuzz.harness import fuzz, readable, works_or_refuses
@@ -19,6 +20,7 @@ from tests.fuzz.watch import ARENA
 pytestmark = pytest.mark.filterwarnings("ignore:Duplicate name")
 LIMITS = Limits(files=20, total=200_000, entries=30)
 PLACES = ["../", "../../outside/", "/", "C:\\", "\\\\nas\\", "..\\", "a/../", "pictures/", "__MACOSX/", ".hidden/"]
+PLACES += ["10_cat/", "10_cat/", "2_dog\\", "../10_cat/", "10_../", "10_:/", "1_\n/", "1_" + "a" * 300 + "/"]
 ENDS = [".png", ".txt", ".csv", ".PNG", ".png ", ".png.", "\0.png", ".zip", ".exe", ":x.png", "", "/"]
 STEMS = TEXT | st.sampled_from(["a", "nul", "a" * 300, "é", "A"])
 NAMES = st.tuples(st.sampled_from(["", *PLACES]), STEMS, st.sampled_from(ENDS)).map("".join)
@@ -71,10 +73,13 @@ def arrive(uploads: list[Upload]) -> None:
         except UserError:
             assert not folder.exists()
             raise
-        found = list(folder.rglob("*"))
+        found = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
         assert received.pictures + received.captions == len(found) <= LIMITS.files
-        assert all(path.parent == folder and path.is_file() and not path.is_symlink() for path in found)
-        assert all(path.name.isprintable() and not path.name.startswith(".") for path in found)
+        assert all(path.is_file() and not path.is_symlink() for path in found)
+        for path in found:
+            *places, name = path.relative_to(folder).parts
+            assert not places or (len(places) == 1 and numbered(places[0]))
+            assert all(part.isprintable() and not part.startswith(".") for part in (*places, name))
         assert sum(path.stat().st_size for path in found) <= LIMITS.total
         for line in received.skipped:
             readable(line)

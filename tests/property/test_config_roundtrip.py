@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lora_trainer.config import build
 from lora_trainer.config.export import to_header, to_yaml
-from lora_trainer.config.options import Option, options
+from lora_trainer.config.options import Option, options, options_of
 from lora_trainer.errors import ConfigError
 
 NEEDED = {"train_data_dir": "d", "base_model": "b.safetensors"}
@@ -25,6 +25,12 @@ def values(option: Option):
         strategy = st.booleans()
     elif option.numbers:
         strategy = st.lists(st.integers(1, 64).map(lambda number: 64 * number), max_size=3)
+    elif option.struct:
+        entry = st.fixed_dictionaries(
+            {"folder": st.text("abc", min_size=1)},
+            optional={k: values(o) for k, o in options_of(option.struct).items() if not o.required},
+        )
+        strategy = st.lists(entry, max_size=3, unique_by=lambda found: found["folder"])
     elif option.kind is list:
         strategy = st.lists(TEXT, min_size=m.min_length or 0, max_size=3)
     elif option.kind is str:

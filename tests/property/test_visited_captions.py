@@ -88,7 +88,7 @@ def _prompt_tags(text: str) -> list[str]:
 @SAME_EVERYWHERE
 @given(TAGS, SHARES, VISITS)
 def test_the_trigger_words_stay_first(given_tags, share, visit):
-    rules = Rules(shuffle=True, tag_dropout=share, trigger_words="My Style, sks")
+    rules = Rules(shuffle=True, tag_dropout=share, trigger_words=("other", "My Style, sks"))
     drawn = rules.drawn(", ".join(["my style", "sks", *given_tags]), Draws(1, visit))
     assert drawn.startswith("my style, sks")
 

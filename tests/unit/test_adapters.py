@@ -21,7 +21,7 @@ from lora_trainer import files
 from lora_trainer.adapters.hashes import checkpoint_hashes, model_hash
 from lora_trainer.adapters.inspect import describe
 from lora_trainer.adapters.load import match, read_lora
-from lora_trainer.adapters.metadata import BaseFacts, DataFacts, RunFacts, build_metadata
+from lora_trainer.adapters.metadata import BaseFacts, DataFacts, Folder, RunFacts, build_metadata
 from lora_trainer.adapters.naming import Factors, kohya_name, to_diffusers, to_kohya
 from lora_trainer.adapters.save import assemble
 from lora_trainer.adapters.targets import select
@@ -56,7 +56,7 @@ def facts(**changes):
         "config_json": "{}",
         "settings": {"network_dim": 4, "network_alpha": "2", "seed": 42, "clip_skip": None},
     }
-    data = DataFacts({"pictures": ["a cat, red", "a dog, red"]}, {(512, 512): 1, (448, 576): 1}, 512, 1)
+    data = DataFacts({"pictures": Folder(["a cat, red", "a dog, red"])}, {(512, 512): 1, (448, 576): 1}, 512, 1)
     base = BaseFacts("v1-5", "sd_v1", "stable-diffusion-v1", "epsilon", "12345678", None)
     return RunFacts(**{**run, **changes}), data, base
 

@@ -13,7 +13,7 @@ from torch import nn
 from lora_trainer import files
 from lora_trainer.adapters.inspect import describe
 from lora_trainer.adapters.load import match, read_lora
-from lora_trainer.adapters.metadata import BaseFacts, DataFacts, build_metadata
+from lora_trainer.adapters.metadata import BaseFacts, DataFacts, Folder, build_metadata
 from lora_trainer.adapters.naming import Factors, to_diffusers, to_kohya
 from lora_trainer.adapters.save import assemble
 from lora_trainer.adapters.writer import serialize
@@ -39,7 +39,7 @@ def put(target, tensors, metadata=None):
 
 def test_a_folder_name_in_another_encoding_does_not_cost_the_run():
     run, data, base = facts()
-    odd = DataFacts({"caf\udce9": ["a cat"]}, data.buckets, data.resolution, data.batches_per_epoch)
+    odd = DataFacts({"caf\udce9": Folder(["a cat"])}, data.buckets, data.resolution, data.batches_per_epoch)
     saved = assemble(to_kohya("lora_unet", factors()), build_metadata(run, odd, base))
     assert len(safetensors.torch.load(saved)) == 6
     header = json.loads(saved[8 : 8 + int.from_bytes(saved[:8], "little")])

@@ -114,6 +114,14 @@ def test_text_files_beside_the_pictures(folder):
     assert progress[-1].eta == 0
 
 
+def test_a_folders_words_are_no_captions_yet(folder):
+    (folder / "sub").rename(folder / "3_sks girl")
+    (folder / "b.txt").write_text("mine", encoding="utf-8")
+    result = run(folder, Eye(), CaptionOptions())
+    assert (result.written, result.kept) == (2, 1)
+    assert captions(folder) == {"a.png": "red ground", "b.bmp": "mine", "3_sks girl/c.png": "blue ground"}
+
+
 @pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
 def test_a_table_in_the_folder(folder, name):
     assert run(folder, Eye(), CaptionOptions(), output=folder / name).written == 3

@@ -315,7 +315,12 @@ def test_concepts_of_unequal_size(tmp_path):
         rows = [f'{file.name},"a sks castle, view {file.stem}"' for file in (tmp_path / place).glob("*.png")]
         (tmp_path / place / "metadata.csv").write_text("\n".join(rows))
     _, reason = only(found(tmp_path), "imbalance")
-    assert reason.startswith("pictures by folder: 10_castle 48, dragon 2; a number before a folder's name does not")
+    assert reason == "pictures by folder: 10_castle 48, dragon 2"
+    (tmp_path / "dragon").rename(tmp_path / "2_dragon")
+    _, reason = only(found(tmp_path), "imbalance")
+    assert reason == "visits an epoch by folder: 10_castle 480, 2_dragon 4"
+    (tmp_path / "2_dragon").rename(tmp_path / "200_dragon")
+    assert "imbalance" not in found(tmp_path)
 
 
 def test_concepts_by_their_first_tag(tmp_path):

@@ -114,14 +114,15 @@ def test_the_largest_comes_first_and_all_are_warm_before_the_first_is_captured(s
 
 
 def test_a_plan_that_does_not_fit_is_left_before_the_first_step(settings, imagine):
-    gpu = imagine(FakeGpu(9.06, 8.5, 5))
+    gpu = imagine(FakeGpu(9.06, 8.8, 8.5, 5))
     events, _ = train(settings)
     down = told(events, "goes on with")
     assert down == [
         "step 1: needs 9.1 of 8.0 GB, goes on with gradient checkpointing",
-        "step 1: needs 8.5 of 8.0 GB, goes on with gradient checkpointing, batches in 2 parts",
+        "step 1: needs 8.8 of 8.0 GB, goes on with gradient checkpointing of all blocks",
+        "step 1: needs 8.5 of 8.0 GB, goes on with gradient checkpointing of all blocks, batches in 2 parts",
     ]
-    assert gpu.begun == 3
+    assert gpu.begun == 4
     assert [forecast.memory for forecast in of(events, Forecast)] == [5 * GB]
     assert [event.step for event in of(events, StepDone)] == [1, 2, 3, 4, 5, 6]
     assert of(events, Finished)[0].state == "done"
@@ -137,7 +138,7 @@ def test_auto_fit_may_be_switched_off(settings, imagine, expected):
 
 
 def test_with_everything_given_up_it_warns_and_trains(settings, imagine):
-    imagine(FakeGpu(9, 9, 9))
+    imagine(FakeGpu(9, 9, 9, 9))
     events, got = train(settings)
     assert got
     assert "close what else uses the GPU" in told(events, "steps will be slow")[0]

@@ -6,15 +6,17 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
 
 from lora_trainer.config import build
 from lora_trainer.events import Notice, StepDone
 from lora_trainer.models.single_file import model_of, place
 from lora_trainer.training import segment as segments
 from lora_trainer.training.capture import Captures, out_of_memory
-from lora_trainer.training.checkpointing import checkpointed
+from lora_trainer.training.checkpointing import BLOCKS, checkpointed
 from lora_trainer.training.fused import fuse
-from lora_trainer.training.ladder import Plan
+from lora_trainer.training.ladder import NONE, Plan
 from lora_trainer.training.planning import OutOfMemoryError
 from lora_trainer.training.prefetch import ahead
 from lora_trainer.training.step import Batch, ForwardBackward
@@ -114,19 +116,46 @@ def test_a_split_batch_is_the_same_batch():
 
 
 def test_the_ladder_ends():
-    plan, seen = Plan(False), []
+    plan, seen = Plan(NONE), []
     while plan is not None:
         seen.append(str(plan))
         plan = plan.lighter(3)
     assert seen == [
         "no gradient checkpointing",
         "gradient checkpointing",
-        "gradient checkpointing, batches in 2 parts",
-        "gradient checkpointing, batches in 3 parts",
+        "gradient checkpointing of all blocks",
+        "gradient checkpointing of all blocks, batches in 2 parts",
+        "gradient checkpointing of all blocks, batches in 3 parts",
     ]
 
 
-@pytest.mark.parametrize("failures", [1, 2])
+def test_most_blocks_are_all_but_a_quarter_of_the_widest():
+    unet = diffusers_unet()
+    blocks = [m for m in unet.modules() if isinstance(m, BLOCKS)]
+    widest = [m for m in blocks if isinstance(m, BasicTransformerBlock) and m.norm1.weight.numel() == 64]
+    assert len(widest) == 4
+    with checkpointed(unet, every=False) as count:
+        left_alone = [block for block in blocks if "forward" not in block.__dict__]
+    assert count == len(blocks) - 1
+    assert left_alone == [widest[3]]
+    with checkpointed(unet) as count:
+        assert count == len(blocks)
+
+
+def diffusers_unet():
+    """With four transformer blocks of width 64 and three of 32."""
+    with torch.device("meta"):
+        return UNet2DConditionModel(
+            block_out_channels=(32, 64),
+            layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=16,
+            attention_head_dim=8,
+        )
+
+
+@pytest.mark.parametrize("failures", [1, 3])
 def test_out_of_memory_steps_down_and_loses_nothing(settings, monkeypatch, failures):
     expected_events, expected = train(settings)
     calls, original = [], ForwardBackward._compute

@@ -5,6 +5,7 @@ from __future__ import annotations
 import configparser
 import importlib.metadata
 import importlib.util
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -37,9 +38,13 @@ def install() -> ModuleType:
 
 @pytest.fixture
 def host(monkeypatch):
-    """Puts the given packages, each with its requirements, in place of the installed ones."""
+    """Puts the given packages, each with its requirements, and tomli in place of the installed ones."""
 
     def pretend(packages):
+        packages = {"tomli": [], **packages}
+        if packages["tomli"] is None:
+            del packages["tomli"]
+
         def distribution(name):
             if name not in packages:
                 raise importlib.metadata.PackageNotFoundError(name)
@@ -84,6 +89,16 @@ def pip(monkeypatch):
 def test_adds_only_what_the_host_lacks(install, host, packages, expected):
     host(packages)
     assert install.missing() == expected
+
+
+@pytest.mark.parametrize(("version", "expected"), [((3, 10, 13), ["tomli==2.0.2"]), ((3, 11, 0), [])])
+def test_what_reads_toml_is_added_where_python_does_not(host, monkeypatch, version, expected):
+    monkeypatch.setattr(sys, "version_info", version)
+    install = runpy.run_path(str(ROOT / "install.py"))
+    host({**FORGE, "msgspec": [], "tomli": None})
+    assert install["missing"]() == expected
+    host({**FORGE, "msgspec": []})
+    assert install["missing"]() == []
 
 
 def test_one_pip_call_that_moves_no_other_package(install, host, pip, capsys):

@@ -44,11 +44,26 @@ def names(folder: Path) -> set[str]:
 
 
 def test_pictures_and_captions_of_files_and_zips_lie_flat(sent: Path, target: Path):
-    archive = packed(sent / "set.ZIP", {"10_style/a.PNG": b"1", "10_style/a.txt": b"a cat", "metadata.csv": b"f"})
+    archive = packed(sent / "set.ZIP", {"style/a.PNG": b"1", "style/a.txt": b"a cat", "metadata.csv": b"f"})
     found = receive([plain(sent, "b.jpg", b"2"), archive, plain(sent, "c.caption")], target)
     assert names(target) == {"a.PNG", "a.txt", "metadata.csv", "b.jpg", "c.caption"}
     assert (target / "a.PNG").read_bytes() == b"1"
     assert found == Received(target, pictures=2, captions=3)
+
+
+def test_folders_whose_names_mean_something_stay(sent: Path, target: Path):
+    files = {"set/10_cat/1.png": b"1", "set/10_cat/1.txt": b"a cat", "set\\2_dog/1.png": b"2", "set/x.csv": b"x"}
+    found = receive([packed(sent / "set.zip", files), plain(sent, "b.jpg")], target)
+    kept = {"10_cat", "10_cat/1.png", "10_cat/1.txt", "2_dog", "2_dog/1.png", "x.csv", "b.jpg"}
+    assert names(target) == kept
+    assert (found.pictures, found.captions) == (3, 2)
+    assert (target / "2_dog/1.png").read_bytes() == b"2"
+
+
+@pytest.mark.parametrize("other", ["dog/2.png", "10_..\\2.png", "0_dog/2.png", "../10_a:b/2.png", "10_x./2.png"])
+def test_with_one_other_folder_all_lie_flat(other: str, sent: Path, target: Path):
+    receive([packed(sent / "set.zip", {"../../10_cat/1.png": b"1", other: b"2"})], target)
+    assert names(target) == {"1.png", "2.png"}
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,31 @@ def test_pictures_are_looked_at_where_a_visitor_may(extension, fake_webui, pictu
     assert extension.check({**given, "train_data_dir": str(inside)}).usable == 6
 
 
+def test_the_concepts_of_the_pictures_are_looked_at(extension, fake_webui, pictures):
+    (pictures / "gate").mkdir()
+    for name in ("p0", "p1"):
+        (pictures / f"{name}.png").rename(pictures / "gate" / f"{name}.png")
+    rows = (pictures / "metadata.csv").read_text().replace("p0.", "gate/p0.").replace("p1.", "gate/p1.")
+    (pictures / "metadata.csv").write_text(rows)
+    given = {"train_data_dir": str(pictures), "resolution": "128"}
+    assert extension.check({**given, "concepts": ["gate"]}).usable == 2
+    assert extension.check({**given, "concepts": []}).usable == 6
+    with pytest.raises(ConfigError, match="concepts, entry 1, repeats: expected a whole number"):
+        extension.check({**given, "concepts": ["{folder: gate, repeats: many}"]})
+    fake_webui("shared").cmd_opts.webui_is_non_local = True
+    inside = extension.home / "uploads" / "mine"
+    inside.parent.mkdir(parents=True)
+    pictures.rename(inside)
+    with pytest.raises(ConfigError, match=r"concepts, entry 1: expected a path without \.\."):
+        extension.check({**given, "train_data_dir": str(inside), "concepts": ["../.."]})
+
+
+def test_prompts_have_the_trigger_words_of_all_concepts(extension):
+    settings = {"trigger_words": "sks", "concepts": [{"folder": "a", "trigger_words": "alice"}, {"folder": "b"}]}
+    job = SimpleNamespace(name="style", output=(), state="done", settings=settings)
+    assert extension.prompt(job) == "sks, alice <lora:style:0.8>"
+
+
 def test_an_upload_that_has_no_place_is_refused(extension):
     extension.home.mkdir(parents=True, exist_ok=True)
     (extension.home / "uploads").write_text("a file where the folder would be")

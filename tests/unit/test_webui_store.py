@@ -234,3 +234,19 @@ def test_the_card_shows_the_newest_preview(fake_webui, folder, pictures):
     fake_webui.host("card").write_card(lora, build({"base_model": "tiny", "train_data_dir": str(pictures)}), folder)
     picture = Image.open(lora.with_suffix(".png"))
     assert (picture.size, picture.getpixel((0, 0))) == ((512, 256), (0, 0, 255))
+
+
+def test_the_card_of_several_concepts(fake_webui, folder, pictures):
+    for name in ("gate", "wall"):
+        (pictures / name).mkdir()
+    (pictures / "p5.png").rename(pictures / "gate" / "p5.png")
+    concepts = [{"folder": "wall", "trigger_words": "my wall"}, {"folder": "gate", "trigger_words": "my gate"}]
+    config = build(
+        {"base_model": "tiny", "train_data_dir": str(pictures), "trigger_words": "sks", "concepts": concepts}
+    )
+    lora = add_lora(fake_webui.loras, "style")
+    fake_webui.host("card").write_card(lora, config, folder)
+    values = json.loads(lora.with_suffix(".json").read_text(encoding="utf-8"))
+    assert values["activation text"] == "sks, my wall, my gate"
+    # Of the pictures in the concepts, not of those beside them.
+    assert Image.open(lora.with_suffix(".png")).size == (128, 64)

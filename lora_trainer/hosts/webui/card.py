@@ -6,7 +6,7 @@ import io
 import json
 from pathlib import Path
 
-from lora_trainer.config import Config
+from lora_trainer.config import Config, trigger_words_of
 from lora_trainer.dataset.images import ImageError, load_image
 from lora_trainer.dataset.items import IMAGE_SUFFIXES
 from lora_trainer.files import publish
@@ -22,7 +22,7 @@ def write_card(lora: Path, config: Config, folder: Path) -> None:
         values = {
             "description": f"Trained with LoRA Trainer on {config.base_model}.",
             "sd version": "SD1",
-            "activation text": config.trigger_words,
+            "activation text": trigger_words_of(config),
             "preferred weight": PREFERRED_WEIGHT,
         }
         publish(json.dumps(values, indent=4, ensure_ascii=False).encode(), card)
@@ -34,7 +34,10 @@ def write_card(lora: Path, config: Config, folder: Path) -> None:
 
 def _picture(config: Config, folder: Path) -> bytes | None:
     previews = sorted((folder / "samples").glob("*-1.png"))
-    trained = (p for p in sorted(Path(config.train_data_dir).iterdir()) if p.suffix.lower() in IMAGE_SUFFIXES)
+    home = Path(config.train_data_dir)
+    places = [home / concept.folder for concept in config.concepts] or [home]
+    files = (path for place in places for path in sorted([*place.glob("*"), *place.glob("*/*")]))
+    trained = (path for path in files if path.suffix.lower() in IMAGE_SUFFIXES)
     for path in (*previews[-1:], *trained):
         try:
             image = load_image(path)

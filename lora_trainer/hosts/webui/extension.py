@@ -14,7 +14,7 @@ from typing import Any
 from modules import infotext_utils, paths_internal, script_callbacks, sd_models, shared
 
 from lora_trainer.api import mount
-from lora_trainer.config import Config, build, output_name_of
+from lora_trainer.config import Config, build, output_name_of, words_of
 from lora_trainer.doctor import Report, examine
 from lora_trainer.doctor.subject import Wanted
 from lora_trainer.errors import DataError
@@ -84,7 +84,9 @@ class Extension:
         try:
             metadata = Path(config.metadata_path) if config.metadata_path else None
             folder = Path(config.train_data_dir)
-            return examine(folder, metadata=metadata, wanted=wanted, most_seconds=CHECK_SECONDS)
+            return examine(
+                folder, metadata=metadata, concepts=config.concepts, wanted=wanted, most_seconds=CHECK_SECONDS
+            )
         finally:
             self._checking.release()
 
@@ -98,7 +100,7 @@ class Extension:
         return folder
 
     def prompt(self, job: JobView, weight: float = 0.8) -> str:
-        words = str(job.settings.get("trigger_words") or "")
+        words = words_of(job.settings)
         name = self._newest(job) or job.name or output_name_of(build(job.settings))
         return " ".join(filter(None, (words, f"<lora:{name}:{weight:g}>")))
 
@@ -113,7 +115,7 @@ class Extension:
         if len(files) < 2 or not make_known(files):
             return None
         tags = [f"<lora:{file.stem}:0.8>" for file in files]
-        words = str(job.settings.get("trigger_words") or "")
+        words = words_of(job.settings)
         prompt = " ".join(filter(None, (words, tags[0])))
         # The WebUI takes a last line as settings from three of them on.
         return f"{prompt}\nScript: X/Y/Z plot, X Type: Prompt S/R, X Values: {json.dumps(', '.join(tags))}"

@@ -1,0 +1,1 @@
+"""Other trainers' descriptions of runs and data sets, read into our settings. One module a format."""
