@@ -27,7 +27,7 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 def to_bytes(image: Image.Image) -> Tensor:
     """An RGB picture as [1, 3, H, W] uint8."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).unsqueeze(0).contiguous()
+    return torch.from_numpy(np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))).unsqueeze(0)
 
 
 def scaled(pixels: Tensor) -> Tensor:
