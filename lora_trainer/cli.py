@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
-    if rest and arguments.command is not _train:
+    if rest and arguments.command not in (_train, _crops):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return arguments.command(arguments, [*getattr(arguments, "overrides", []), *rest])
@@ -69,6 +69,9 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_arguments(check)
     caption = add("caption", _caption, "Write captions for a folder of pictures with a model.")
     captioning.add_arguments(caption)
+    crops = add("crops", _crops, "Draw what training will see of each picture. Options as for train.")
+    crops.add_argument("--config", type=Path, help="a .yaml or .json file, or a LoRA whose run is repeated")
+    crops.add_argument("--out", type=Path, default=Path("crops.png"), help="a .png or .jpg file")
     importing = add("import", _import, "Turn a file of kohya, lora-scripts or OneTrainer into settings for train.")
     imports.add_arguments(importing)
     demo = add("demo", _demo, "Train on the bundled pictures and draw what changed.")
@@ -94,9 +97,9 @@ def _add_sample_options(sample: argparse.ArgumentParser) -> None:
     sample.add_argument("--negative", default=defaults.negative)
 
 
-def config_of(path: Path | None, overrides: Sequence[str]) -> Config:
-    """The config of a file (or none) and command-line overrides. Raises ConfigError."""
-    return build(read_file(path) if path else {}, parse_overrides(overrides))
+def config_of(path: Path | None, overrides: Sequence[str], **known: object) -> Config:
+    """The config of what is `known`, a file (or none) and command-line overrides. Raises ConfigError."""
+    return build(known, read_file(path) if path else {}, parse_overrides(overrides))
 
 
 def _train(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -121,6 +124,13 @@ def _caption(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     finally:
         log.close()
     print(json.dumps(result.as_dict()) if arguments.json else result.summary())
+    return DONE
+
+
+def _crops(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    # Nothing is trained: any base model will do.
+    doctor.draw_crops(config_of(arguments.config, overrides, base_model="any"), arguments.out)
+    print(arguments.out)
     return DONE
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from lora_trainer.config import Config, build
 from lora_trainer.config.sources import read_file
 from lora_trainer.dataset.images import load_image
-from lora_trainer.dataset.prepare import Sample
+from lora_trainer.dataset.samples import Sample
 from lora_trainer.draw import save_picture
 from lora_trainer.errors import DataError
 from lora_trainer.events import AnyEvent, EventSink, Finished, Notice, Progress, Saved, StepDone
@@ -124,7 +124,8 @@ def prove(config: Config, finished: Finished, seconds: float, sink: EventSink) -
 
 def shuffled(samples: Sequence[Sample]) -> list[Sample]:
     """Each picture with the caption of the next one."""
-    return [replace(s, text=other.text) for s, other in zip(samples, [*samples[1:], samples[0]], strict=True)]
+    following = zip(samples, [*samples[1:], samples[0]], strict=True)
+    return [replace(sample, text=other.text, tokens=other.tokens) for sample, other in following]
 
 
 def report(evidence: Evidence, finished: Finished) -> list[str]:

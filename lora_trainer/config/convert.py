@@ -81,7 +81,10 @@ def _prepare(option: Option, value: object) -> object:
     if isinstance(value, bool):
         raise ValueError
     if option.kind is list:
-        return [_text(v) for v in value] if isinstance(value, (list, tuple)) else [_text(value)]
+        if option.numbers and isinstance(value, str):
+            value = value.replace(",", " ").split()
+        each = _whole if option.numbers else _text
+        return [each(entry) for entry in value] if isinstance(value, (list, tuple)) else [each(value)]
     if option.kind is str:
         return _text(value)
     if option.kind is int:
@@ -106,7 +109,7 @@ def _whole(value: object) -> int:
             value = float(value)
     if isinstance(value, float) and math.isfinite(value) and value == int(value):
         return int(value)
-    if isinstance(value, int):
+    if isinstance(value, int) and not isinstance(value, bool):
         return value
     raise ValueError
 

@@ -30,6 +30,12 @@ class Option:
     required: bool
     optional: bool
     struct: type[msgspec.Struct] | None = None
+    entry: Meta | None = None
+
+    @property
+    def numbers(self) -> bool:
+        """Whether it is a list of whole numbers, within the bounds of `entry`."""
+        return self.entry is not None
 
     @property
     def help(self) -> str:
@@ -46,25 +52,16 @@ class Option:
             words = (
                 " or ".join([", ".join(self.choices[:-1]), self.choices[-1]]) if self.choices[1:] else self.choices[0]
             )
+        elif self.numbers:
+            words = " ".join(["a list of whole numbers", *_bounds(self.entry)])
         elif self.struct:
             first, *others = options_of(self.struct)
             words = f"a list of {first}s or of {{{', '.join([first, *others])}}}"
         elif self.kind is list:
             words = "a list of texts" if not self.meta.min_length else "a list of at least one text"
         else:
-            words = " ".join([_NOUNS[self.kind], *self._bounds()])
+            words = " ".join([_NOUNS[self.kind], *_bounds(self.meta)])
         return words + (" or nothing" if self.optional else "")
-
-    def _bounds(self) -> Iterator[str]:
-        m = self.meta
-        low = f"{_number(m.ge)}" if m.ge is not None else f"more than {_number(m.gt)}" if m.gt is not None else None
-        high = f"{_number(m.le)}" if m.le is not None else f"less than {_number(m.lt)}" if m.lt is not None else None
-        if low and high:
-            yield f"from {low} to {high}"
-        elif low:
-            yield low if m.gt is not None else f"of at least {low}"
-        if m.multiple_of is not None:
-            yield f"in steps of {m.multiple_of}"
 
 
 def options() -> dict[str, Option]:
@@ -85,6 +82,7 @@ def _option(field: msgspec.structs.FieldInfo, hint: Any) -> Option:
     inner, meta = get_args(annotated)
     choices = get_args(inner) if get_origin(inner) is Literal else ()
     held = get_args(inner)[0] if get_origin(inner) is list else None
+    entry = get_args(held)[1] if get_origin(held) is Annotated else None
     default = field.default
     if field.default_factory is not msgspec.NODEFAULT:
         default = field.default_factory()
@@ -98,7 +96,19 @@ def _option(field: msgspec.structs.FieldInfo, hint: Any) -> Option:
         required=field.required,
         optional=len(parts) > 1,
         struct=held if isinstance(held, type) and issubclass(held, msgspec.Struct) else None,
+        entry=entry,
     )
+
+
+def _bounds(m: Meta) -> Iterator[str]:
+    low = f"{_number(m.ge)}" if m.ge is not None else f"more than {_number(m.gt)}" if m.gt is not None else None
+    high = f"{_number(m.le)}" if m.le is not None else f"less than {_number(m.lt)}" if m.lt is not None else None
+    if low and high:
+        yield f"from {low} to {high}"
+    elif low:
+        yield low if m.gt is not None else f"of at least {low}"
+    if m.multiple_of is not None:
+        yield f"in steps of {m.multiple_of}"
 
 
 def _number(bound: float) -> str:

@@ -39,6 +39,11 @@ def _text_encoder(config: Config) -> Iterator[str]:
         yield "text_encoder_lr: expected train_text_encoder beside it, found it switched off"
 
 
+def _captions(config: Config) -> Iterator[str]:
+    if config.keep_tokens and not (config.shuffle_captions or config.tag_dropout):
+        yield "keep_tokens: expected shuffle_captions or tag_dropout beside it, found neither"
+
+
 def _warmup(config: Config) -> Iterator[str]:
     if config.max_train_steps is not None and config.lr_warmup_steps >= config.max_train_steps:
         yield (
@@ -93,4 +98,4 @@ def _size(config: Config) -> Iterator[str]:
             yield f"{key}: expected at most {MAX_TEXT:,} characters, found {length:,}"
 
 
-RULES = (_size, _paths, _concepts, _validation, _previews, _text_encoder, _warmup, _name)
+RULES = (_size, _paths, _concepts, _validation, _previews, _text_encoder, _captions, _warmup, _name)

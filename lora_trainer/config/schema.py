@@ -16,9 +16,9 @@ def _about(group: str, text: str, **bounds: Any) -> Meta:
     return Meta(description=text, extra={"group": group}, **bounds)
 
 
-MODEL, DATA, LORA = "Model", "Data", "LoRA"
+MODEL, DATA, CAPTIONS, LORA = "Model", "Data", "Captions", "LoRA"
 TRAINING, OUTPUT, PREVIEWS = "Training", "Output", "Validation and previews"
-GROUPS = (MODEL, DATA, LORA, TRAINING, OUTPUT, PREVIEWS)
+GROUPS = (MODEL, DATA, CAPTIONS, LORA, TRAINING, OUTPUT, PREVIEWS)
 # Larger numbers before a folder's name are years and the like.
 MAX_REPEATS = 1000
 # The options that name a file or a folder.
@@ -99,7 +99,21 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         ]
         | None
     ) = None
+    extra_resolutions: Annotated[
+        list[Annotated[int, Meta(ge=64, le=4096, multiple_of=64)]],
+        _about(DATA, "Show each picture at these sizes too, once an epoch at each that it is large enough for."),
+    ] = msgspec.field(default_factory=list)
     allow_upscaling: Annotated[bool, _about(DATA, "Enlarge pictures that are smaller than the resolution.")] = False
+    crop: Annotated[
+        Literal["center", "focus", "random"],
+        _about(DATA, "Which part of a picture of another shape is kept: the middle, the most detailed, or any."),
+    ] = "center"
+    crops_per_image: Annotated[
+        int, _about(DATA, "Parts of a picture that are encoded, from edge to edge, for crop random.", ge=2, le=64)
+    ] = 5
+    flip: Annotated[bool, _about(DATA, "Mirror pictures half of the time; not where sides differ: text, logos.")] = (
+        False
+    )
     cache_dir: (
         Annotated[
             str,
@@ -113,8 +127,24 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     caption_syntax: Annotated[
         Literal["literal", "webui"],
-        _about(DATA, "Captions as plain text, or with the WebUI's (emphasis), embeddings and BREAK as in its prompts."),
+        _about(CAPTIONS, "Plain text, or with the WebUI's (emphasis), embeddings and BREAK as in its prompts."),
     ] = "literal"
+    shuffle_captions: Annotated[
+        bool, _about(CAPTIONS, "Mix the tags of a caption, which commas part, anew each time its picture is seen.")
+    ] = False
+    keep_tokens: Annotated[
+        int,
+        _about(CAPTIONS, "Tags at the beginning that are neither mixed nor dropped; or write ||| after them.", ge=0),
+    ] = 0
+    tag_dropout: Annotated[float, _about(CAPTIONS, "Share of the tags left out at random each time.", ge=0, le=1)] = 0.0
+    caption_dropout: Annotated[
+        float, _about(CAPTIONS, "How often a picture is shown with an empty caption: 0.05 to 0.1.", ge=0, le=1)
+    ] = 0.0
+    wildcards: Annotated[
+        bool, _about(CAPTIONS, "Choose one of {a|b|c} in captions, and one line of a .txt file, anew each time.")
+    ] = False
+    caption_prefix: Annotated[str, _about(CAPTIONS, "Words in front of every caption.")] = ""
+    caption_suffix: Annotated[str, _about(CAPTIONS, "Words after every caption.")] = ""
 
     lora_rank: Annotated[
         int, _about(LORA, "How much the LoRA can hold, and its file size. 4 to 16 for a style.", ge=1, le=1024)

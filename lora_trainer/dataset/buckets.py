@@ -4,7 +4,7 @@ every machine cuts alike."""
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from PIL import Image
 
@@ -33,6 +33,15 @@ class Placement:
     resized: tuple[int, int]
     crop: tuple[int, int, int, int]
     original: tuple[int, int]
+
+    @property
+    def slack(self) -> tuple[int, int]:
+        """How far the crop can move across and down, in pixels of the resized picture; one of them is 0."""
+        return self.resized[0] - self.bucket.width, self.resized[1] - self.bucket.height
+
+    def at(self, left: int, top: int) -> Placement:
+        """Cut there instead."""
+        return replace(self, crop=(left, top, left + self.bucket.width, top + self.bucket.height))
 
 
 def buckets(resolution: int, *, step: int = STEP) -> tuple[Bucket, ...]:

@@ -20,6 +20,8 @@ TEXT_COLUMNS = ("text", "caption", "prompt", "description", "tags")
 MAX_FILE_BYTES = 32 * 1024 * 1024
 MAX_LINES, MAX_LINE = 200_000, 1_000_000
 MAX_CAPTION = 20_000
+WEIGHT_COLUMN = "weight"
+MAX_WEIGHT = 100
 
 Complain = Callable[[Path, DataError], object]
 """Is told what is wrong with a file or folder; where it returns, reading goes on with what is left."""
@@ -27,11 +29,13 @@ Complain = Callable[[Path, DataError], object]
 
 @dataclass(frozen=True)
 class Row:
-    """A caption and the picture it names, as written; `number` is the line where the row starts, from 1."""
+    """A caption and the picture it names, as written; `number` is the line where the row starts, from 1. Several
+    captions are lines. `weight` is that of the picture's loss."""
 
     number: int
     file: str
     caption: str
+    weight: float = 1.0
 
 
 def stop(_: Path, problem: DataError) -> None:
@@ -100,6 +104,14 @@ def _refuse_large(path: Path, text: str) -> None:
         raise DataError(f"{path}: expected lines of at most {MAX_LINE:,} characters, found one of {longest:,}")
 
 
+def relative(metadata: Path, number: int, file: str) -> str:
+    """The file name of a row, relative to the folder it must stay in. Raises DataError."""
+    path = PurePosixPath(posix(file))
+    if path.is_absolute() or ".." in path.parts or re.match(r"[A-Za-z]:", file):
+        raise DataError(f"{metadata}, line {number}: expected a name inside the folder, found {file}")
+    return path.as_posix()
+
+
 def posix(file: str) -> str:
     """A file name of a row with one way to write it: forward slashes, no leading or doubled `./`."""
     return PurePosixPath(file.replace("\\", "/")).as_posix()
@@ -116,20 +128,22 @@ def _csv(path: Path, text: str, notes: list[str]) -> list[Callable[[], Row]]:
         raise DataError(f"{path}: expected a column {' or '.join(TEXT_COLUMNS)}, found {', '.join(names)}")
     if file_at is None or text_at is None:
         return [partial(_plain_row, path, number, cells, delimiter) for number, cells in lines]
-    others = [name for at, name in enumerate(names) if at not in (file_at, text_at) and name]
+    weight_at = names.index(WEIGHT_COLUMN) if WEIGHT_COLUMN in names else None
+    others = [name for at, name in enumerate(names) if at not in (file_at, text_at, weight_at) and name]
     if others:
         notes.append(printable(f"{path.name}: columns not used: {', '.join(others)}"))
-    at = (file_at, text_at, len(names))
+    at = (file_at, text_at, weight_at, len(names))
     return [partial(_named_row, path, number, cells, at, delimiter) for number, cells in lines[1:]]
 
 
-def _named_row(path: Path, number: int, cells: list[str], at: tuple[int, int, int], delimiter: str) -> Row:
-    """Under a header; `at` tells where file name and caption stand, and how many columns there are."""
-    file_at, text_at, count = at
+def _named_row(path: Path, number: int, cells: list[str], at: tuple[int, int, int | None, int], delimiter: str) -> Row:
+    """Under a header; `at` tells where file name, caption and weight stand, and how many columns there are."""
+    file_at, text_at, weight_at, count = at
     if len(cells) <= max(file_at, text_at) or any(cells[count:]):
         wanted = f"expected {count} columns, found {len(cells)}; put captions with a {delimiter!r} in quotes"
         raise DataError(f"{path}, line {number}: {wanted}")
-    return Row(number, cells[file_at].strip(), clean(cells[text_at]))
+    weight = cells[weight_at].strip() if weight_at is not None and weight_at < len(cells) else ""
+    return Row(number, cells[file_at].strip(), clean(cells[text_at]), _weight(path, number, weight or 1))
 
 
 def _parse(path: Path, text: str, delimiter: str) -> list[tuple[int, list[str]]]:
@@ -177,19 +191,37 @@ def _json_row(path: Path, number: int, line: str) -> Row:
         entry = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}, line {number}: not valid JSON: {str(error).splitlines()[0]}") from None
-    file, caption = _first(entry, FILE_COLUMNS), _first(entry, TEXT_COLUMNS)
-    if not isinstance(file, str) or not isinstance(caption, str):
-        wanted = 'expected {"file_name": "…", "text": "…"}'
+    file, texts = _first(entry, FILE_COLUMNS), _first(entry, TEXT_COLUMNS)
+    captions = texts if isinstance(texts, list) else [texts]
+    if not all(isinstance(text, str) for text in (file, *captions)):
+        wanted = 'expected {"file_name": "…", "text": "…"}, or a list of texts'
         raise DataError(f"{path}, line {number}: {wanted}, found {line.strip()[:80]}")
     try:
-        f"{file}{caption}".encode()
+        "".join((file, *captions)).encode()
     except UnicodeEncodeError:
         raise DataError(f"{path}, line {number}: expected text, found half of a surrogate pair") from None
-    return Row(number, file.strip(), clean(caption))
+    cleaned = "\n".join(text for text in map(clean, captions) if text)
+    return Row(number, file.strip(), cleaned, _weight(path, number, entry.get(WEIGHT_COLUMN, 1)))
+
+
+def _weight(path: Path, number: int, value: object) -> float:
+    try:
+        weight = float(value) if isinstance(value, (str, int, float)) and not isinstance(value, bool) else 0.0
+    except (ValueError, OverflowError):
+        weight = 0.0
+    if not 0 < weight <= MAX_WEIGHT:
+        wanted = f"expected a weight of more than 0 and at most {MAX_WEIGHT}"
+        raise DataError(f"{path}, line {number}: {wanted}, found {str(value)[:80]!r}")
+    return weight
 
 
 def _first(entry: object, names: Iterable[str]) -> object:
     return next((entry[name] for name in names if name in entry), None) if isinstance(entry, dict) else None
+
+
+def clean_lines(text: str) -> str:
+    """Each line a caption of its own, as `clean` leaves it; empty ones are no captions."""
+    return "\n".join(line for line in map(clean, re.split("[\r\n]", text)) if line)
 
 
 def clean(caption: str) -> str:

@@ -14,37 +14,35 @@ from typing import TypeVar
 
 from PIL import Image
 
-from lora_trainer.dataset.buckets import Bucket, fit, place
-from lora_trainer.dataset.images import ImageError, load_image
+from lora_trainer.dataset.buckets import Bucket
+from lora_trainer.dataset.crops import Sizes, View, views
+from lora_trainer.dataset.images import ImageError
 
 Item, Made = TypeVar("Item"), TypeVar("Made")
 MOST_THREADS = 8
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How pictures are cut: the area of a bucket is at most `resolution` squared."""
-
-    resolution: int
-    allow_upscaling: bool = False
+# Pictures that a GPU gets between two looks at whether somebody else wants it.
+MOST_TOGETHER = 8
 
 
 @dataclass(frozen=True)
 class Cut:
-    """A picture in the size of its bucket."""
+    """The views of a picture at one size, and their images in the size of their bucket."""
 
-    bucket: Bucket
-    image: Image.Image
+    views: tuple[View, ...]
+    images: tuple[Image.Image, ...]
+
+    @property
+    def bucket(self) -> Bucket:
+        return self.views[0].placement.bucket
 
 
-def cut(path: Path, sizes: Sizes) -> Cut:
+def cut(path: Path, image: Image.Image, sizes: Sizes) -> Cut:
     """Raises ImageError."""
-    image = load_image(path)
     try:
-        placement = place(image.size, sizes.resolution, allow_upscaling=sizes.allow_upscaling)
+        found = views(image, sizes)
     except ValueError as error:
         raise ImageError(path, str(error)) from error
-    return Cut(placement.bucket, fit(image, placement))
+    return Cut(found, tuple(view.of(image) for view in found))
 
 
 def content_hash(path: Path) -> str | None:
@@ -70,7 +68,7 @@ def made_ahead(items: Sequence[Item], make: Callable[[Item], Made]) -> Iterator[
         def results() -> Iterator[Callable[[], Made]]:
             for item in items:
                 waiting.append(pool.submit(make, item))
-                if len(waiting) > 2 * threads:
+                if len(waiting) > max(2 * threads, MOST_TOGETHER):
                     yield waiting.popleft().result
             while waiting:
                 yield waiting.popleft().result

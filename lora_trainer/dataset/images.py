@@ -180,7 +180,7 @@ def _rgb(image: Image.Image) -> Image.Image:
         plain = _eight_bits(image)
     elif _has_transparency(image):
         plain = _on_white(image.convert("RGBA"))
-    elif image.mode in ("L", "CMYK"):
+    elif image.mode in ("RGB", "L", "CMYK"):
         plain = image
     else:
         plain = image.convert("RGB")

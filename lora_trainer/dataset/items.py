@@ -5,12 +5,22 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from lora_trainer.config.schema import Concept
-from lora_trainer.dataset.captions import Complain, clean, posix, read_metadata, read_text, refuse_long, stop
+from lora_trainer.dataset.captions import (
+    Complain,
+    clean,
+    clean_lines,
+    posix,
+    read_metadata,
+    read_text,
+    refuse_long,
+    relative,
+    stop,
+)
 from lora_trainer.dataset.concepts import Layout, layout
 from lora_trainer.dataset.folders import files_of
 from lora_trainer.dataset.images import IMAGE_SUFFIXES
@@ -37,19 +47,21 @@ Captions = dict[Path, tuple[str, str]]
 
 @dataclass(frozen=True)
 class Item:
-    """A picture file and its caption; `source` says where the caption came from. An epoch sees it `repeats` times."""
+    """A picture file and its caption; several are lines. `source` says where they came from. An epoch sees it
+    `repeats` times, and its loss counts `weight` times."""
 
     path: Path
     caption: str
     source: str
     repeats: int = 1
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
 class Contents:
     """What a folder holds, as training reads it. `empty` are pictures with a caption file or row that has no words,
     `deeper` are folders further down, which are not read, and `unnamed` files whose names are no text. `layout` tells
-    which concept a picture belongs to."""
+    which concept a picture belongs to, `weights` are those of rows."""
 
     images: tuple[Path, ...]
     captions: Captions
@@ -59,6 +71,7 @@ class Contents:
     unnamed: tuple[str, ...]
     notes: tuple[str, ...]
     layout: Layout
+    weights: Mapping[Path, float]
 
 
 @dataclass(frozen=True)
@@ -71,15 +84,20 @@ class Scan:
 
 
 def scan(
-    folder: Path, *, metadata: Path | None = None, trigger_words: str = "", concepts: Sequence[Concept] = ()
+    folder: Path,
+    *,
+    metadata: Path | None = None,
+    trigger_words: str = "",
+    concepts: Sequence[Concept] = (),
+    lines: bool = False,
 ) -> Scan:
     """The pictures of `folder` and of its direct sub-folders, with captions; or those of the folders in `concepts`.
 
     Captions come from `metadata`, else metadata.csv or metadata.jsonl in the folder and sub-folders; where those
-    have none for a picture, from a .txt or .caption file beside it, else from its concept; when no picture has any,
-    from file names. Raises DataError.
+    have none for a picture, from a .txt or .caption file beside it, with `lines` each line a caption of its own; else
+    from its concept; when no picture has any, from file names. Raises DataError.
     """
-    found = read_folder(folder, metadata=metadata, concepts=concepts)
+    found = read_folder(folder, metadata=metadata, concepts=concepts, lines=lines)
     _refuse_gaps(folder, found.images, found.captions)
     skipped = [f"{folder}: {text}: the file's name is not Unicode" for text in found.unnamed]
     others = [file for file in found.others if file.suffix.lower() in OTHER_PICTURES]
@@ -91,11 +109,17 @@ def scan(
 def _item(found: Contents, image: Path, trigger_words: str) -> Item:
     (caption, source), concept = found.captions[image], found.layout.concept(image)
     words = trigger_words if concept.trigger_words is None else concept.trigger_words
-    return Item(image, with_trigger(caption, words), source, concept.repeats)
+    led = "\n".join(with_trigger(line, words) for line in caption.split("\n"))
+    return Item(image, led, source, concept.repeats, found.weights.get(image, 1.0))
 
 
 def read_folder(
-    folder: Path, *, metadata: Path | None = None, concepts: Sequence[Concept] = (), complain: Complain = stop
+    folder: Path,
+    *,
+    metadata: Path | None = None,
+    concepts: Sequence[Concept] = (),
+    complain: Complain = stop,
+    lines: bool = False,
 ) -> Contents:
     """As `scan`, with gaps. What stops a training is told to `complain`; where that returns, the rest is read.
 
@@ -112,28 +136,23 @@ def read_folder(
         complain(folder, DataError(f"{folder}: expected pictures ({kinds}), found none among {len(files)} files"))
     reading = _Reading(folder, images, complain, plan)
     reading.add_metadata(metadata)
-    reading.add_sidecars()
+    reading.add_sidecars(clean_lines if lines else clean)
     reading.add_words()
     if images and not reading.captions:
         reading.add_names()
     others = [file for file in files if file.suffix.lower() not in IMAGE_SUFFIXES]
     empty, notes = frozenset(reading.empty), tuple(reading.notes)
-    return Contents(tuple(images), reading.captions, empty, tuple(others), tuple(deeper), tuple(unnamed), notes, plan)
-
-
-def by_folder(items: Sequence[Item]) -> dict[str, list[Item]]:
-    """The items of each folder under its name, or as much of its path as tells it from the others."""
-    groups: dict[Path, list[Item]] = {}
-    for item in items:
-        groups.setdefault(item.path.parent, []).append(item)
-    return {_distinct(folder, groups): group for folder, group in groups.items()}
-
-
-def _distinct(folder: Path, folders: Iterable[Path]) -> str:
-    others = [other.parts for other in folders if other != folder]
-    own = folder.parts
-    length = next((n for n in range(1, len(own)) if all(other[-n:] != own[-n:] for other in others)), len(own))
-    return "/".join(own[-length:])
+    return Contents(
+        tuple(images),
+        reading.captions,
+        empty,
+        tuple(others),
+        tuple(deeper),
+        tuple(unnamed),
+        notes,
+        plan,
+        reading.weights,
+    )
 
 
 def nameless(text: str) -> bool:
@@ -156,6 +175,7 @@ class _Reading:
         self.folder, self.images, self.complain, self.plan = folder, images, complain, plan
         self.captions: Captions = {}
         self.empty: set[Path] = set()
+        self.weights: dict[Path, float] = {}
         self.notes: list[str] = list(plan.notes)
 
     def add_metadata(self, metadata: Path | None) -> None:
@@ -184,7 +204,7 @@ class _Reading:
         missing = []
         for row in rows:
             try:
-                image = by_name.get(_normal(_inside(metadata, row.number, row.file)))
+                image = by_name.get(_normal(relative(metadata, row.number, row.file)))
             except DataError as problem:
                 self.complain(metadata, problem)
                 continue
@@ -196,13 +216,15 @@ class _Reading:
                 self.captions[image] = (row.caption, metadata.name)
             else:
                 self.empty.add(image)
+            if image is not None:
+                self.weights[image] = row.weight
         if missing:
             count = f"{len(missing)} of {len(rows)} rows"
             problem = DataError(f"{metadata}: {count} name pictures that are not in {place} ({_few(missing)})")
             self.complain(metadata, problem)
 
-    def add_sidecars(self) -> None:
-        """Fill the gaps from the text files beside the pictures."""
+    def add_sidecars(self, tidy: Callable[[str], str]) -> None:
+        """Fill the gaps from the text files beside the pictures; `tidy` makes captions of texts."""
         for image in self.images:
             for place in sidecars(image):
                 if image in self.captions or not place.is_file():
@@ -217,7 +239,7 @@ class _Reading:
                 if encoding != "UTF-8":
                     self.notes.append(f"{place.name}: read as {encoding}")
                 if text.strip():
-                    self.captions[image] = (clean(text), place.suffix)
+                    self.captions[image] = (tidy(text), place.suffix)
                 else:
                     self.empty.add(image)
 
@@ -249,14 +271,6 @@ def sidecars(image: Path) -> list[Path]:
 def _normal(name: str) -> str:
     """macOS writes accents and kana marks as characters of their own, other systems do not."""
     return unicodedata.normalize("NFC", name)
-
-
-def _inside(metadata: Path, number: int, file: str) -> str:
-    """The file name of a row, relative to the folder it must stay in. Raises DataError."""
-    path = PurePosixPath(posix(file))
-    if path.is_absolute() or ".." in path.parts or re.match(r"[A-Za-z]:", file):
-        raise DataError(f"{metadata}, line {number}: expected a name inside the folder, found {file}")
-    return path.as_posix()
 
 
 def _from_name(image: Path) -> str:

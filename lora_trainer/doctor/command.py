@@ -10,10 +10,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from lora_trainer.config import Config
 from lora_trainer.config.convert import Problem, convert
 from lora_trainer.config.options import options
 from lora_trainer.config.schema import Concept
-from lora_trainer.doctor import sheet
+from lora_trainer.dataset.crops import sizes_of
+from lora_trainer.dataset.items import read_folder
+from lora_trainer.doctor import crops, sheet
 from lora_trainer.doctor.examine import examine
 from lora_trainer.doctor.subject import Wanted
 from lora_trainer.doctor.text import lines
@@ -60,9 +63,18 @@ def check(arguments: argparse.Namespace, sink: EventSink) -> bool:
         print("\n".join(lines(report)))
     if arguments.sheet:
         with quiet_pillow():
-            sheet.write(report, arguments.sheet)
+            sheet.write(sheet.draw(report), arguments.sheet)
         print(arguments.sheet, file=sys.stderr)
     return report.count("error") == 0
+
+
+def draw_crops(config: Config, path: Path) -> None:
+    """What `config` makes of its pictures, under `path`. Raises UserError."""
+    files = read_folder(Path(config.train_data_dir), concepts=config.concepts).images
+    if len(files) > crops.MOST:
+        print(f"the first {crops.MOST} of {len(files)} pictures", file=sys.stderr)
+    with quiet_pillow():
+        sheet.write(crops.draw(files, sizes_of(config, Wanted.resolution)), path)
 
 
 def _concepts(given: Sequence[str]) -> list[Concept]:

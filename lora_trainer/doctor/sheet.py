@@ -29,11 +29,11 @@ def check_name(path: Path) -> None:
         raise ConfigError([f"sheet: expected a name that ends in .png or .jpg, found {path.name}"])
 
 
-def write(report: Report, path: Path) -> None:
-    """The sheet under `path`. Raises ConfigError for its name, OutputError."""
+def write(sheet: Image.Image, path: Path) -> None:
+    """A sheet under `path`. Raises ConfigError for its name, OutputError."""
     check_name(path)
     buffer = io.BytesIO()
-    draw(report).save(buffer, format=_FORMATS[path.suffix.lower()])
+    sheet.save(buffer, format=_FORMATS[path.suffix.lower()])
     publish(buffer.getvalue(), path)
 
 

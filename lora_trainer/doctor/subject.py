@@ -33,10 +33,15 @@ class Subject:
 
     @cached_property
     def captions(self) -> Mapping[Path, str]:
-        """Those that training would use. With a caption file that cannot be read it would not fall back to names."""
+        """Those that training would use, several of one picture as one. With a caption file that cannot be read it
+        would not fall back to names."""
         found = self.contents.captions
         broken = any(file != self.folder and not file.is_dir() for file, _ in self.problems)
-        return {image: text for image, (text, source) in found.items() if not (broken and source in STAND_INS)}
+        return {
+            image: text.replace("\n", ", ")
+            for image, (text, source) in found.items()
+            if not (broken and source in STAND_INS)
+        }
 
     @property
     def from_names(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import deepcopy
 from typing import NamedTuple
 
@@ -21,8 +22,17 @@ class Moments(NamedTuple):
 
 def to_tensor(image: Image.Image) -> Tensor:
     """An RGB picture as [1, 3, H, W] float32 in -1 … 1."""
-    pixels = torch.from_numpy(np.asarray(image, dtype=np.float32).copy())
-    return pixels.div_(127.5).sub_(1).permute(2, 0, 1).unsqueeze(0).contiguous()
+    return scaled(to_bytes(image))
+
+
+def to_bytes(image: Image.Image) -> Tensor:
+    """An RGB picture as [1, 3, H, W] uint8."""
+    return torch.from_numpy(np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))).unsqueeze(0)
+
+
+def scaled(pixels: Tensor) -> Tensor:
+    """Bytes as float32 in -1 … 1."""
+    return pixels.float().div_(127.5).sub_(1)
 
 
 def to_image(pixels: Tensor) -> Image.Image:
@@ -41,17 +51,26 @@ def encode(vae: AutoencoderKL, pixels: Tensor, noise: Tensor) -> Tensor:
 def posterior(vae: AutoencoderKL, pixels: Tensor) -> Moments:
     """What the VAE makes of [B, 3, H, W] pixels, in float32.
 
-    Where a half-precision VAE overflows, as SDXL's does, a float32 copy of it is asked, and where the GPU has too
-    little memory, such a copy on the CPU.
+    Where a half-precision VAE overflows, as SDXL's does, a float32 copy of it is asked; where the GPU has too little
+    memory for a batch, it gets one picture after the other, and where one is too much, a float32 copy on the CPU is
+    asked.
     """
     try:
         moments = _posterior(vae, pixels)
     except torch.cuda.OutOfMemoryError:
         torch.cuda.empty_cache()
-        return _posterior(_on_cpu(vae), pixels)
+        if len(pixels) == 1:
+            return _posterior(_on_cpu(vae), pixels)
+        return joined([posterior(vae, one) for one in pixels.split(1)])
     if not torch.isfinite(moments.mean).all() and next(vae.parameters()).dtype != torch.float32:
         moments = _posterior(deepcopy(vae).float(), pixels)
     return moments
+
+
+def joined(parts: Sequence[Moments]) -> Moments:
+    """One batch; on the CPU where not all are on one device."""
+    alike = len({part.mean.device for part in parts}) == 1
+    return Moments(*(torch.cat([x if alike else x.cpu() for x in column]) for column in zip(*parts, strict=True)))
 
 
 def sampled(vae: AutoencoderKL, moments: Moments, noise: Tensor) -> Tensor:

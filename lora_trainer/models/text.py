@@ -40,7 +40,7 @@ class TextEncoder:
     """The text side of a model: its modules, and a pure function of token ids.
 
     `encode` does not decide about gradients. `clip_skip` 1 takes the last layer's output, 2 that of the layer before.
-    `context` is what a batch holds of a caption whose encoder is frozen, `tokens` of one whose encoder is trained.
+    `context` is what a batch holds of a caption that is encoded ahead, `tokens` of one that is encoded in the step.
     """
 
     tokenizer: Callable[[str], Tensor]

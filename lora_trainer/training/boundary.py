@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lora_trainer.dataset.prepare import Prepared
+from lora_trainer.dataset.samples import Prepared
 from lora_trainer.events import EventSink, Notice, Progress, Validated
 from lora_trainer.training.step import Network
 from lora_trainer.training.validation import Validator

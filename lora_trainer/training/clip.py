@@ -1,7 +1,7 @@
-"""CLIP's text half while it is trained: token ids to embeddings, in operations that a CUDA graph can hold.
+"""CLIP's text half inside the step: token ids to embeddings, in operations that a CUDA graph can hold.
 
 transformers' own forward makes its causal mask on the host in some versions and differs between them; here only its
-modules are used. A LoRA is computed as in the UNet.
+modules are used. A LoRA is computed as in the UNet; an encoder without one is frozen.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ from lora_trainer.training.fused import Fused
 
 
 @dataclass(frozen=True)
-class TrainedClip:
-    """`text` with LoRAs in its module, computed by `fused`. With `checkpointing` its layers recompute activations."""
+class StepClip:
+    """`text`, with the LoRAs in its module if it is `trained`, computed by `fused`. With `checkpointing` its layers
+    recompute activations."""
 
     text: TextEncoder
     fused: Fused
     checkpointing: bool = False
+    trained: bool = True
 
     def __call__(self, ids: Tensor, emphasis: Tensor | None = None) -> Tensor:
         """[B, n, 77] token ids (and emphasis of that shape) to [B, 77 n, width] in the compute dtype.
@@ -31,7 +33,7 @@ class TrainedClip:
         Each chunk of 77 is encoded by itself, as the frozen encoder does.
         """
         inner, ops = self.text.inner, self.fused.ops
-        with torch.autocast(ids.device.type, enabled=False):
+        with torch.autocast(ids.device.type, enabled=False), torch.set_grad_enabled(self.trained):
             x = self._embedded(inner.embeddings, ids.flatten(0, 1))
             for layer in inner.encoder.layers[: self.text.layers]:
                 x = recomputed(self._layer, layer, x) if self.checkpointing else self._layer(layer, x)

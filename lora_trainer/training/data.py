@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+
+from torch import Tensor
 
 from lora_trainer.config import Config
 from lora_trainer.dataset.cache import Cache
 from lora_trainer.dataset.concepts import described
-from lora_trainer.dataset.decode import Sizes
-from lora_trainer.dataset.items import Item, Scan, by_folder, scan
-from lora_trainer.dataset.prepare import Encoded, Encoders, Prepared, prepare
+from lora_trainer.dataset.crops import sizes_of
+from lora_trainer.dataset.grouping import by_folder
+from lora_trainer.dataset.items import Item, Scan, scan
+from lora_trainer.dataset.prepare import NO_RULES, Encoded, Encoders, LatentNoise, prepare
+from lora_trainer.dataset.samples import Prepared
 from lora_trainer.errors import DataError
 from lora_trainer.events import EventSink, Notice
 from lora_trainer.models.fingerprint import fingerprint
 from lora_trainer.models.model import Model
 from lora_trainer.training import randomness
+from lora_trainer.training.wording import read_live, rules_of
 
 
 @dataclass(frozen=True)
@@ -64,29 +69,49 @@ def load(
     kept: tuple[Encoded, Encoded] | None = None,
 ) -> TrainingData:
     """Encode everything; `kept` (training, held-out) as for `prepare`. Raises DataError."""
-    sizes = Sizes(config.resolution or model.facts.family.resolution, config.allow_upscaling)
+    sizes = sizes_of(config, model.facts.family.resolution)
 
-    def noise(purpose: str) -> Callable:
-        return lambda index, shape: randomness.normal(config.seed, purpose, [index], shape)
+    def noise(purpose: str) -> LatentNoise:
+        def draw(index: int, view: int, shape: tuple[int, int, int]) -> Tensor:
+            return randomness.normal(config.seed, f"{purpose} {view}" if view else purpose, [index], shape)
 
-    first, second = kept or (None, None)
+        return draw
+
+    first, second = kept or (Encoded(), Encoded())
+    encoders = _encoders(config, model)
+    # Said once, however often preparing is interrupted.
+    live = read_live(items.train, config, model.text, sink if first.count == 0 else lambda event: None)
+    reading = replace(encoders, read=model.text.tokens, live=True) if live else encoders
+    train = prepare(items.train, reading, sizes, noise=noise("latents"), sink=sink, kept=first)
+    held_out = None
+    if items.held_out:
+        # Always the same: as they are written, at one size, neither moved nor mirrored.
+        plain = [replace(item, caption=encoders.rules.plain(item.caption)) for item in items.held_out]
+        still = replace(encoders, rules=NO_RULES)
+        unmoved = [replace(sizes[0], crop="focus" if sizes[0].crop == "focus" else "center", flip=False)]
+        held_out = prepare(plain, still, unmoved, noise=noise("held-out latents"), sink=sink, kept=second)
+    encoders.cache.trim()
+    views = sum(len(sample.latents) for sample in train.samples)
+    if views > train.images:
+        seen = f"seen {len(train.samples)} times an epoch, as {views} sizes, parts and mirrorings"
+        sink(Notice(text=f"pictures: {train.images}, {seen}"))
+    return TrainingData(train, held_out)
+
+
+def _encoders(config: Config, model: Model) -> Encoders:
     text = model.text
     cache = Cache(Path(config.cache_dir) if config.cache_dir else None)
     vae_key, text_key = (fingerprint(part) if cache.folder else "" for part in (model.vae, text.module))
     # The WebUI's reading of a caption depends on more than the caption: embeddings, settings. Tokens cost nothing.
     cached = text_key and config.caption_syntax == "literal" and not config.train_text_encoder
-    encoders = Encoders(
+    return Encoders(
         model.vae,
         text.tokens if config.train_text_encoder else text.context,
         vae_key,
         f"{text_key} {text.clip_skip}" if cached else "",
         cache,
+        rules_of(config),
     )
-    encode = partial(prepare, encoders=encoders, sizes=sizes, sink=sink)
-    train = encode(items.train, noise=noise("latents"), kept=first)
-    held_out = encode(items.held_out, noise=noise("held-out latents"), kept=second) if items.held_out else None
-    cache.trim()
-    return TrainingData(train, held_out)
 
 
 def tell_concepts(items: Sequence[Item], sink: EventSink) -> None:
@@ -96,7 +121,7 @@ def tell_concepts(items: Sequence[Item], sink: EventSink) -> None:
 
 
 def _scan(read: Callable[..., Scan], config: Config, sink: EventSink) -> tuple[Item, ...]:
-    found = read(trigger_words=config.trigger_words)
+    found = read(trigger_words=config.trigger_words, lines=config.wildcards)
     for note in found.notes:
         sink(Notice(text=note))
     for skipped in found.skipped:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from lora_trainer.dataset import order
-from lora_trainer.dataset.prepare import Sample
+from lora_trainer.dataset.samples import Captions, Sample
 from lora_trainer.training import randomness
-from lora_trainer.training.step import Batch, stacked
+from lora_trainer.training.step import Batch, stacked, with_sizes
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,13 @@ class Example:
 
 @dataclass(frozen=True)
 class Feed:
-    """`samples` as an endless stream of updates, a pure function of (samples, seed, sizes).
+    """`samples` as an endless stream of updates, a pure function of (samples, captions, seed, sizes).
 
     Each batch is cut into `parts` micro-batches, which changes memory and time and nothing else.
     """
 
     samples: Sequence[Sample]
+    captions: Captions
     batch_size: int
     accumulation: int
     seed: int
@@ -73,7 +74,7 @@ class Feed:
             yield update, [batch.pinned() for batch in batches] if pinned else list(batches)
 
     def batches(self, update: order.Update) -> Iterator[Batch]:
-        """The micro-batches of an update, on the CPU; the weights of its real samples sum to 1."""
+        """The micro-batches of an update, on the CPU; a real sample's weight is its picture's by their number."""
         total = sum(sum(batch.weights) for batch in update.batches)
         for batch in update.batches:
             yield from self._parts(batch, total)
@@ -84,14 +85,17 @@ class Feed:
 
     def _batch(self, batch: order.Batch, total: float) -> Batch:
         samples = [self.samples[index] for index in batch.indices]
-        latents = torch.stack([sample.latents for sample in samples])
+        draws = [randomness.Draws(self.seed, visit) for visit in batch.visits]
+        seen = stacked([sample.view(draw) for sample, draw in zip(samples, draws, strict=True)])
+        texts = [self.captions.drawn(sample, draw) for sample, draw in zip(samples, draws, strict=True)]
+        weights = [weight * sample.item.weight for weight, sample in zip(batch.weights, samples, strict=True)]
         return Batch(
-            latents=latents,
-            eps=randomness.normal(self.seed, "noise", batch.visits, tuple(latents.shape[1:])),
+            latents=seen["latents"],
+            eps=randomness.normal(self.seed, "noise", batch.visits, tuple(seen["latents"].shape[1:])),
             t=randomness.timesteps(self.seed, batch.visits, self.timesteps),
-            weight=torch.tensor(batch.weights) / total,
+            weight=torch.tensor(weights) / total,
             mask_keys=randomness.mask_keys(self.seed, batch.visits),
-            **stacked([sample.text for sample in samples]),
+            **with_sizes(stacked(self.captions.alike(texts, samples[0].tokens)), seen["sizes"]),
         )
 
     @property

@@ -136,6 +136,7 @@ class Job:
         self.validation.held_out = self.prepare.data.held_out
         feed = Feed(
             self.prepare.data.train.epoch,
+            self.prepare.data.train.captions(model.text.tokens),
             self.config.batch_size,
             self.config.gradient_accumulation_steps,
             self.config.seed,
@@ -195,7 +196,7 @@ class Job:
                 name=self.output.name,
                 device=str(facts.device),
                 precision=str(segment.network.precision.compute).removeprefix("torch."),
-                images=len(self.prepare.data.train.samples),
+                images=self.prepare.data.train.images,
                 steps=steps,
                 epochs=config.epochs,
                 effective_batch=config.batch_size * config.gradient_accumulation_steps,

@@ -16,8 +16,8 @@ from lora_trainer.adapters.naming import PREFIXES, to_diffusers, to_kohya
 from lora_trainer.adapters.save import assemble
 from lora_trainer.config import Config, trigger_words_of
 from lora_trainer.config.export import to_header, to_yaml
-from lora_trainer.dataset.items import by_folder
-from lora_trainer.dataset.prepare import Prepared
+from lora_trainer.dataset.grouping import by_folder
+from lora_trainer.dataset.samples import Prepared
 from lora_trainer.errors import OutputError
 from lora_trainer.events import EventSink, Notice, Saved, Saving
 from lora_trainer.events import Progress as Working
@@ -123,8 +123,11 @@ class Output:
 
     def _metadata(self, model: Model, data: Prepared, progress: Progress) -> dict[str, str]:
         facts = model.facts
-        items_of = by_folder([sample.item for sample in data.samples])
-        folders = {name: Folder([item.caption for item in items], items[0].repeats) for name, items in items_of.items()}
+        plain = data.rules.plain
+        items_of = by_folder(list(dict.fromkeys(sample.item for sample in data.samples)))
+        folders = {
+            name: Folder([plain(item.caption) for item in items], items[0].repeats) for name, items in items_of.items()
+        }
         hashes = facts.hashes()
         base = BaseFacts(
             name=facts.name,
@@ -208,12 +211,13 @@ def kohya_settings(config: Config) -> dict[str, object]:
         "min_snr_gamma": None,
         "loss_type": "l2",
         "prior_loss_weight": 1.0,
-        "caption_dropout_rate": 0.0,
-        "shuffle_caption": False,
-        "flip_aug": False,
+        "caption_dropout_rate": config.caption_dropout,
+        "caption_tag_dropout_rate": config.tag_dropout,
+        "shuffle_caption": config.shuffle_captions,
+        "flip_aug": config.flip,
         "color_aug": False,
-        "random_crop": False,
-        "keep_tokens": None,
+        "random_crop": config.crop == "random",
+        "keep_tokens": config.keep_tokens or None,
         "bucket_no_upscale": not config.allow_upscaling,
         "training_comment": config.training_comment,
     }

@@ -60,6 +60,23 @@ def keep_mask(keys: Tensor, count: int, dropout: float) -> Tensor:
     return x >= _signed_threshold(dropout)
 
 
+class Draws:
+    """The choices of one visit, in the order in which they are asked for (`dataset.rules.Choices`)."""
+
+    def __init__(self, seed: int, visit: int) -> None:
+        self.seed, self.visit, self._asked = seed, visit, 0
+
+    def one_of(self, count: int) -> int:
+        return self._next() % count
+
+    def chance(self, probability: float) -> bool:
+        return self._next() < probability * (1 << 63)
+
+    def _next(self) -> int:
+        self._asked += 1
+        return key(self.seed, "choice", self.visit, self._asked)
+
+
 def _signed(word: int) -> int:
     """A 32-bit word as the int32 of the same bits."""
     return word - _INT32 if word >= _INT32 // 2 else word

@@ -101,12 +101,14 @@ def same_data(facts: Facts, data: str) -> None:
 
 
 def digest(items: Items) -> str:
-    """Of names, sizes and captions, in order."""
+    """Of names, sizes, captions and weights, in order."""
     whole = hashlib.sha256()
     for item in (*items.train, None, *items.held_out):
         facts = None if item is None else (item.path.name, item.caption, item.path.stat().st_size)
         if item is not None and item.repeats > 1:
             facts = (*facts, item.repeats)
+        if item is not None and item.weight != 1:
+            facts = (*facts, "weight", item.weight)
         whole.update(repr(facts).encode("utf-8", "surrogateescape"))
     return whole.hexdigest()
 

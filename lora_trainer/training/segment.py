@@ -21,7 +21,7 @@ from lora_trainer.models.model import Model
 from lora_trainer.training import randomness
 from lora_trainer.training.capture import Captures
 from lora_trainer.training.checkpointing import checkpointed
-from lora_trainer.training.clip import TrainedClip
+from lora_trainer.training.clip import StepClip
 from lora_trainer.training.dropout import LoraDropout
 from lora_trainer.training.fused import Fused, fuse, is_linear
 from lora_trainer.training.ladder import ALL, Plan
@@ -124,7 +124,7 @@ def open_segment(
         checkpointing = (plan or Plan.of(config)).checkpointing
         if checkpointing:
             stack.enter_context(checkpointed(model.unet, every=checkpointing == ALL))
-        encode = TrainedClip(model.text, fused, bool(checkpointing)) if config.train_text_encoder else None
+        encode = StepClip(model.text, fused, bool(checkpointing), trained=config.train_text_encoder)
         network = Network(model.unet, model.noise, mse, precision, dropout, tier.memory_format, encode)
         segment = _assemble(config, model, adapters, network, working, tier)
         stack.callback(segment.captures.release)

@@ -30,9 +30,9 @@ class Batch:
     """One micro-batch of B samples: everything random is already drawn.
 
     latents, eps: [B, 4, h, w] float32; t: [B] int64; weight: [B] float32, summing to 1 over an update (0 for padding);
-    mask_keys: [B, 2] int32. The captions: context [B, 77 n, width], or for a trained encoder their token ids [B, n, 77]
-    int64, with their emphasis of that shape where they have it. SDXL's: pooled [B, width], and sizes [B, 6] with
-    original (height, width), crop (top, left) and target (height, width) in pixels.
+    mask_keys: [B, 2] int32. The captions: context [B, 77 n, width], or, to be encoded in the step, their token ids
+    [B, n, 77] int64, with their emphasis of that shape where they have it. SDXL's: pooled [B, width], and sizes [B, 6]
+    with original (height, width), crop (top, left) and target (height, width) in pixels.
     """
 
     latents: Tensor
@@ -91,10 +91,15 @@ def stacked(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
+def with_sizes(texts: dict[str, Tensor], sizes: Tensor) -> dict[str, Tensor]:
+    """Captions with `sizes` [B, 6] in float32, for the families that are told them: those with a pooled embedding."""
+    return {**texts, "sizes": sizes.float()} if "pooled" in texts else texts
+
+
 @dataclass(frozen=True)
 class Network:
     """What the forward pass runs: the injected view, its schedule, and how it is computed; `encode` is the text encoder
-    where it is trained."""
+    for captions that come as token ids."""
 
     unet: UNet2DConditionModel
     noise: NoiseSchedule

@@ -49,7 +49,8 @@ class Measured:
 
 def forecast(config: Config, items: Items, measured: Measured) -> str:
     """One readable line about the full run of `config` on `items`."""
-    micro_batches = math.ceil(sum(item.repeats for item in items.train) / config.batch_size)
+    shown = sum(item.repeats for item in items.train) * (1 + len(config.extra_resolutions))
+    micro_batches = math.ceil(shown / config.batch_size)
     steps = config.max_train_steps or config.epochs * math.ceil(micro_batches / config.gradient_accumulation_steps)
     validations = 2 + (steps // config.validate_every if config.validate_every else 0)
     prepare = measured.prepare * (len(items.train) + len(items.held_out))

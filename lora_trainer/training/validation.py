@@ -8,9 +8,10 @@ from itertools import groupby
 
 import torch
 
-from lora_trainer.dataset.prepare import Sample
+from lora_trainer.dataset.rules import First
+from lora_trainer.dataset.samples import Sample
 from lora_trainer.training import randomness
-from lora_trainer.training.step import Batch, Network, stacked
+from lora_trainer.training.step import Batch, Network, stacked, with_sizes
 
 TIMESTEPS = 8
 
@@ -45,12 +46,13 @@ class Validator:
     def _batch(self, draws: Sequence[tuple[int, int]], timesteps: int) -> Batch:
         samples = [self.samples[index] for index, _ in draws]
         visits = [index * TIMESTEPS + k for index, k in draws]
-        latents = torch.stack([sample.latents for sample in samples])
+        seen = stacked([sample.view(First()) for sample in samples])
+        latents = seen["latents"]
         return Batch(
             latents=latents,
             eps=randomness.normal(self.seed, "validation", visits, tuple(latents.shape[1:])),
             t=torch.tensor([int((k + 0.5) * timesteps / TIMESTEPS) for _, k in draws]),
             weight=torch.ones(len(draws)),
             mask_keys=torch.zeros(len(draws), 2, dtype=torch.int32),
-            **stacked([sample.text for sample in samples]),
+            **with_sizes(stacked([sample.text for sample in samples]), seen["sizes"]),
         )

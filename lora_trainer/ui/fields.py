@@ -28,6 +28,13 @@ _LABELS = {
     "metadata_path": "Caption file",
     "validation_data_dir": "Folder of held-out pictures",
     "validation_split": "Share held out",
+    "extra_resolutions": "More resolutions",
+    "crop": "Part of the picture",
+    "crops_per_image": "Parts to choose from",
+    "flip": "Mirror pictures by chance",
+    "keep_tokens": "Tags that stay first",
+    "caption_dropout": "Share of empty captions",
+    "tag_dropout": "Share of tags left out",
     "lora_rank": "Rank",
     "lora_alpha": "Alpha",
     "lora_dropout": "Dropout",
@@ -96,7 +103,7 @@ def initial(option: Option) -> object:
     """What the control shows before anyone touches it."""
     kind = control(option)
     if kind == "lines":
-        return "\n".join(option.default or ())
+        return "\n".join(map(str, option.default or ()))
     return (option.default or "") if kind == "text" else option.default
 
 

@@ -132,6 +132,13 @@ def test_no_step_waits_for_the_device(work):
                     torch.cuda.set_sync_debug_mode("default")
 
 
+def test_a_frozen_text_encoder_is_captured_too():
+    frozen = {"work": replace(WORK, train_text_encoder=True), "train_text_encoder": False}
+    (eager, none), (captured, graphs) = steps(5, captured=False, **frozen), steps(5, **frozen)
+    assert (none, graphs) == (0, 2)
+    assert apart(captured, eager) < 5e-3
+
+
 def test_memory_short_at_a_capture_is_told_and_leaves_nothing_behind():
     model = model_of(WORK)
     torch.cuda.empty_cache()

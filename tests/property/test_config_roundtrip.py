@@ -23,6 +23,8 @@ def values(option: Option):
         strategy = st.sampled_from(option.choices)
     elif option.kind is bool:
         strategy = st.booleans()
+    elif option.numbers:
+        strategy = st.lists(st.integers(1, 64).map(lambda number: 64 * number), max_size=3)
     elif option.struct:
         entry = st.fixed_dictionaries(
             {"folder": st.text("abc", min_size=1)},

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from PIL import Image
 
-from lora_trainer.dataset import prepare
+from lora_trainer.dataset import pictures as opening
 from lora_trainer.dataset.cache import Cache, key_of
 from lora_trainer.dataset.decode import made_ahead
+from lora_trainer.events import Progress
 from lora_trainer.models.text import TextEncoder
 from tests.unit.test_resume import Run, at_step, weights
 
@@ -18,7 +21,7 @@ class Counted:
 
     def __init__(self, monkeypatch) -> None:
         self.pictures = self.captions = 0
-        posterior, context = prepare.posterior, TextEncoder.context
+        posterior, context = opening.posterior, TextEncoder.context
 
         def encode(*args):
             self.pictures += 1
@@ -28,7 +31,7 @@ class Counted:
             self.captions += 1
             return context(*args)
 
-        monkeypatch.setattr(prepare, "posterior", encode)
+        monkeypatch.setattr(opening, "posterior", encode)
         monkeypatch.setattr(TextEncoder, "context", read)
 
     def take(self) -> tuple[int, int]:
@@ -145,3 +148,53 @@ def test_paths_of_a_cache_are_no_users_choice_in_the_webui():
     from lora_trainer.hosts.roots import PATH_KEYS
 
     assert "cache_dir" in PATH_KEYS
+
+
+class Batched(torch.nn.Module):
+    """A VAE on a pretended GPU: it remembers how many pictures came at once, and has room for `room`."""
+
+    def __init__(self, vae, room: int) -> None:
+        super().__init__()
+        self.vae, self.room, self.batches = vae, room, []
+        self.config = vae.config
+
+    def encode(self, pixels):
+        self.batches.append(len(pixels))
+        if len(pixels) > self.room:
+            raise torch.cuda.OutOfMemoryError("simulated")
+        return self.vae.encode(pixels)
+
+
+@pytest.mark.parametrize(("room", "batches"), [(9, [4, 2]), (3, [4, 1, 1, 1, 1, 2]), (1, [4, 1, 1, 1, 1, 2, 1, 1])])
+def test_pictures_of_one_size_are_encoded_together_and_one_by_one_where_memory_is_short(
+    settings, pictures, monkeypatch, room, batches
+):
+    from lora_trainer.dataset import prepare as preparing
+    from lora_trainer.dataset.crops import Sizes
+    from lora_trainer.dataset.items import scan
+    from lora_trainer.hosts.standalone import open_model
+
+    (pictures / "p1.png").write_bytes(b"damaged")
+    Image.new("RGB", (64, 64)).save(pictures / "p6.png")
+    (pictures / "p6.txt").write_text("another", encoding="utf-8")
+    model = open_model(Path(settings["base_model"]), torch.device("cpu"))
+    items = scan(pictures).items
+
+    def prepared(vae):
+        told: list = []
+        encoders = preparing.Encoders(vae, model.text.tokens)
+        noise = lambda index, view, shape: torch.full((1, *shape), index / 9)  # noqa: E731
+        return preparing.prepare(items, encoders, [Sizes(128)], noise=noise, sink=told.append), told
+
+    alone, _ = prepared(model.vae)
+    monkeypatch.setattr(preparing, "on_gpu", lambda vae: True)
+    monkeypatch.setattr(opening, "on_gpu", lambda vae: True)
+    vae = Batched(model.vae, room)
+    together, told = prepared(vae)
+    assert vae.batches == batches
+    assert [event.done for event in told if isinstance(event, Progress)] == [1, 3, 4, 5, 6, 7]
+    assert together.skipped == alone.skipped
+    assert len(together.skipped) == 1
+    for one, other in zip(together.samples, alone.samples, strict=True):
+        assert one.item == other.item
+        torch.testing.assert_close(one.latents, other.latents, rtol=1e-4, atol=1e-5)

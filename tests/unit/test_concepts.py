@@ -14,7 +14,8 @@ from safetensors import safe_open
 from lora_trainer.config import Concept, build, words_of
 from lora_trainer.config.export import to_header, to_yaml
 from lora_trainer.config.sources import parse_overrides, read_file
-from lora_trainer.dataset.items import by_folder, scan
+from lora_trainer.dataset.grouping import by_folder
+from lora_trainer.dataset.items import scan
 from lora_trainer.doctor import examine
 from lora_trainer.doctor.subject import Wanted
 from lora_trainer.errors import ConfigError, DataError

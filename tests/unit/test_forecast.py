@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
 
 from lora_trainer.dataset.buckets import Bucket
-from lora_trainer.dataset.prepare import Sample
+from lora_trainer.dataset.items import Item
+from lora_trainer.dataset.rules import Rules
+from lora_trainer.dataset.samples import Captions, Sample
 from lora_trainer.events import Finished, Forecast, Notice, Progress, StepDone
 from lora_trainer.hosts.standalone import AloneLease
 from lora_trainer.jobs.fold import Told, fold
@@ -209,12 +212,17 @@ def test_a_job_shows_its_forecast():
 
 def feed(shapes: dict[tuple[int, int], int], **changes) -> Feed:
     """`shapes`: (width, height) in pixels to the number of pictures."""
+    text, item = {"context": torch.randn(77, 768)}, Item(Path("a.png"), "a cat", "metadata.csv")
     samples = [
-        Sample(None, Bucket(w, h), torch.randn(4, h // 8, w // 8), {"context": torch.randn(77, 768)})
+        Sample(item, Bucket(w, h), torch.randn(1, 4, h // 8, w // 8), torch.zeros(1, 6), text, 77)
         for (w, h), count in shapes.items()
         for _ in range(count)
     ]
-    return Feed(samples, **{"batch_size": 4, "accumulation": 1, "seed": 0, "timesteps": 1000} | changes)
+    return Feed(
+        samples,
+        Captions(Rules(), lambda caption: text),
+        **{"batch_size": 4, "accumulation": 1, "seed": 0, "timesteps": 1000} | changes,
+    )
 
 
 def test_examples_are_one_a_shape_with_its_share_of_an_epoch():

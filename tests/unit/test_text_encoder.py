@@ -142,8 +142,8 @@ def test_checkpointed_layers_run_again_with_the_same_masks(deep, monkeypatch):
     from lora_trainer.training import clip
 
     calls, seen = [], []
-    original = clip.TrainedClip._layer
-    monkeypatch.setattr(clip.TrainedClip, "_layer", lambda *given: calls.append(1) or original(*given))
+    original = clip.StepClip._layer
+    monkeypatch.setattr(clip.StepClip, "_layer", lambda *given: calls.append(1) or original(*given))
     for checkpointing in (False, True):
         with opened(deep, lora_dropout=0.3, gradient_checkpointing=checkpointing) as segment:
             segment.forward_backward(batch(segment.model))
@@ -187,8 +187,9 @@ class NoWaiting(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_nothing_in_the_step_waits_for_the_device(deep):
-    with opened(deep) as segment:
+@pytest.mark.parametrize("trained", [True, False])
+def test_nothing_in_the_step_waits_for_the_device(deep, trained):
+    with opened(deep, train_text_encoder=trained) as segment:
         given = batch(segment.model, emphasis=torch.full((2, 2, 77), 1.1))
         segment.forward_backward(given)
         with NoWaiting():

@@ -343,3 +343,20 @@ def test_a_trained_text_encoder_is_given_back_as_it_was(ui, webui_settings, synt
     unet = {name: tensor for name, tensor in lora.items() if not name.startswith("lora_te_")}
     save_file(unet, ui.loras / "unet.safetensors")
     assert ui.picture("a cat <lora:unet:1>", seed=5, cfg_scale=4.0) != previews[-1]
+
+
+@pytest.mark.parametrize("syntax", ["literal", "webui"])
+def test_captions_that_are_shuffled_are_encoded_in_the_step_while_others_draw(ui, webui_settings, syntax):
+    tags = "(alpha, beta:1.3), gamma, [delta], epsilon, zeta BREAK eta, theta, iota"
+    folder = Path(webui_settings["train_data_dir"])
+    (folder / "metadata.csv").write_text("".join(f'p{n}.png,"{tags}"\n' for n in range(6)), encoding="utf-8")
+    before = ui.digest()
+    captions = {"shuffle_captions": True, "caption_dropout": 0.2, "caption_syntax": syntax}
+    meanwhile = Meanwhile(ui, *[lambda: ui.picture(STYLE)] * 3)
+    events = train(ui, webui_settings, at=meanwhile, **captions)
+    meanwhile.wait()
+    assert ui.digest() == before
+    assert any("so the text encoder runs in each step" in notice.text for notice in of(events, Notice))
+    assert not any(p.grad is not None for p in ui.model.cond_stage_model.parameters())
+    assert losses(events) == losses(train(ui, webui_settings, **captions))
+    assert losses(events) != losses(train(ui, webui_settings, **{**captions, "seed": 7}))

@@ -182,11 +182,12 @@ def test_captions_are_literal_or_prompts(ui):
         assert not torch.equal(literal.text.embed("a (cat:1.5)"), prompt.text.embed("a (cat:1.5)"))
 
 
-def test_a_trained_encoder_reads_captions_as_the_webui_does(ui):
+@pytest.mark.parametrize("trained", [True, False])
+def test_captions_encoded_in_the_step_are_what_the_webui_makes_of_them(ui, trained):
     from lora_trainer.training.segment import open_segment
 
     captions = ("a (cat:1.5), (sitting:0.7) BREAK dog", "cat " * 80 + "(dog:1.3)")
-    text = {"caption_syntax": "webui", "train_text_encoder": True, "mixed_precision": "no"}
+    text = {"caption_syntax": "webui", "train_text_encoder": trained, "mixed_precision": "no"}
     for emphasis in ("Original", "No norm", "Ignore", "None"):
         ui("shared").opts.emphasis = emphasis
         models = lent(ui, **text)
@@ -197,7 +198,7 @@ def test_a_trained_encoder_reads_captions_as_the_webui_does(ui):
                 torch.testing.assert_close(got, ui.model.cond_stage_model([caption]), rtol=0, atol=1e-5)
 
 
-def test_an_embedding_in_a_caption_is_refused_where_the_encoder_is_trained(ui, monkeypatch):
+def test_an_embedding_in_a_caption_is_refused_where_a_step_encodes_it(ui, monkeypatch):
     from types import SimpleNamespace
 
     database = ui("sd_hijack").model_hijack.embedding_db
@@ -205,7 +206,7 @@ def test_an_embedding_in_a_caption_is_refused_where_the_encoder_is_trained(ui, m
     monkeypatch.setattr(database, "find_embedding_at_position", lambda tokens, at: found if at == 1 else (None, None))
     with (
         lent(ui, caption_syntax="webui").borrow() as model,
-        pytest.raises(DataError, match=r"train_text_encoder: .*'a cat'.*'inky'"),
+        pytest.raises(DataError, match=r"caption_syntax: .*'a cat'.*'inky'"),
     ):
         model.text.tokens("a cat")
 

@@ -88,8 +88,9 @@ class PromptEncoder(TextEncoder):
         names = [fix.embedding.name for chunk in chunks for fix in chunk.fixes]
         if names:
             raise DataError(
-                f"train_text_encoder: the caption {caption!r} names the embedding {names[0]!r}, which has no tokens "
-                "to train on; expected captions without embeddings, or caption_syntax literal"
+                f"caption_syntax: the caption {caption!r} names the embedding {names[0]!r}, which has no tokens that a "
+                "step could encode (it does with train_text_encoder, and where captions change too often to be encoded "
+                "ahead); expected captions without embeddings, or caption_syntax literal"
             )
         return {
             "ids": torch.tensor([chunk.tokens for chunk in chunks]),

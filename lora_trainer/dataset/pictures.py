@@ -1,0 +1,114 @@
+"""Pictures from their files, or from the cache, to the posteriors of their latents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from lora_trainer.dataset.buckets import Bucket
+from lora_trainer.dataset.cache import Cache, key_of
+from lora_trainer.dataset.crops import Sizes
+from lora_trainer.dataset.decode import content_hash, cut
+from lora_trainer.dataset.images import ImageError, load_image
+from lora_trainer.dataset.items import Item
+from lora_trainer.models.latents import Moments, joined, posterior, scaled, to_bytes
+
+# Encoded at once on a GPU: four pictures of 512 px, or one of 1024 px, take about 2 GiB.
+MOST_PIXELS = 4 * 512 * 512
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture at one size: the posteriors of its views' latents, [views, 4, h, w], or the views' pixels, [1, 3, H, W]
+    uint8 each, still to be encoded; what SDXL is told of each, [views, 6] int64; and its place in the cache."""
+
+    bucket: Bucket
+    key: str
+    sizes: Tensor
+    moments: Moments | None = None
+    pixels: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An item's picture at each of its sizes; or why it cannot be used."""
+
+    item: Item
+    pictures: tuple[Picture, ...] = ()
+    why: str | None = None
+
+
+def opened(item: Item, sizes: Sequence[Sizes], cache: Cache, vae_key: str) -> Opened:
+    """What the cache has of a picture, else the picture itself, once a bucket. It may run in a thread."""
+    try:
+        return Opened(item, _read(item, sizes, cache, vae_key))
+    except (ImageError, ValueError) as error:
+        return Opened(item, why=str(error))
+
+
+def encoded(batch: Sequence[Opened], vae: AutoencoderKL, cache: Cache) -> list[Opened]:
+    """With the posteriors of all of `batch`, in its order. On a GPU pictures of one bucket go through the VAE together;
+    on a CPU that would save nothing, and another batch would change the last bits."""
+    buckets: dict[Bucket, list[Picture]] = {}
+    for picture in (picture for one in batch for picture in one.pictures if picture.moments is None):
+        buckets.setdefault(picture.bucket, []).append(picture)
+    found: dict[int, Picture] = {}
+    for pictures in buckets.values():
+        found |= dict(zip(map(id, pictures), _together(pictures, vae), strict=True))
+    return [_finished(one, tuple(found.get(id(picture), picture) for picture in one.pictures), cache) for one in batch]
+
+
+def on_gpu(vae: AutoencoderKL) -> bool:
+    return next(vae.parameters()).is_cuda
+
+
+def _read(item: Item, sizes: Sequence[Sizes], cache: Cache, vae_key: str) -> tuple[Picture, ...]:
+    content = content_hash(item.path) if cache.folder is not None else None
+    keys = [key_of("latents", content, vae_key, size) for size in sizes]
+    found = [_cached(cache, key) for key in keys]
+    image = load_image(item.path) if None in found else None
+    pictures: dict[Bucket, Picture] = {}
+    for key, size, known in zip(keys, sizes, found, strict=True):
+        picture = known
+        if picture is None:
+            made = cut(item.path, image, size)
+            told = torch.tensor([view.sizes for view in made.views])
+            picture = Picture(made.bucket, key, told, pixels=tuple(map(to_bytes, made.images)))
+        pictures.setdefault(picture.bucket, picture)
+    return tuple(pictures.values())
+
+
+def _cached(cache: Cache, key: str) -> Picture | None:
+    found = cache.get(key)
+    if found is None or not {"mean", "std", "sizes"} <= set(found):
+        return None
+    height, width = found["sizes"][0, 4:].tolist()
+    return Picture(Bucket(width, height), key, found["sizes"], Moments(found["mean"], found["std"]))
+
+
+def _together(pictures: Sequence[Picture], vae: AutoencoderKL) -> list[Picture]:
+    """Encode pictures of one bucket."""
+    device = next(vae.parameters()).device
+    views = [pixels for picture in pictures for pixels in picture.pixels]
+    count = max(1, MOST_PIXELS // pictures[0].bucket.area) if on_gpu(vae) else 1
+    batches = [torch.cat(views[start : start + count]) for start in range(0, len(views), count)]
+    moments = joined([posterior(vae, scaled(batch.to(device))) for batch in batches])
+    counts = [len(picture.pixels) for picture in pictures]
+    each = zip(pictures, moments.mean.split(counts), moments.std.split(counts), strict=True)
+    return [replace(picture, moments=Moments(mean, std), pixels=()) for picture, mean, std in each]
+
+
+def _finished(one: Opened, pictures: tuple[Picture, ...], cache: Cache) -> Opened:
+    """`one` with all its posteriors; what is new goes into the cache, unless it is no number."""
+    new = [picture for before, picture in zip(one.pictures, pictures, strict=True) if before.moments is None]
+    for picture in new:
+        mean, std = picture.moments
+        if not (torch.isfinite(mean).all() and torch.isfinite(std).all()):
+            error = ImageError(one.item.path, "the VAE gave numbers that are not finite")
+            return Opened(one.item, why=str(error))
+        cache.put(picture.key, {"mean": mean, "std": std, "sizes": picture.sizes})
+    return replace(one, pictures=pictures)

@@ -1,0 +1,108 @@
+"""What preparing a folder leaves: pictures as latents and captions as tensors, and what one visit of them reads."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lora_trainer.dataset.buckets import Bucket
+from lora_trainer.dataset.items import Item
+from lora_trainer.dataset.rules import Choices, Rules
+
+Text = Mapping[str, Tensor]
+"""A caption under the names of a batch's fields: `context` [77 n, width], or `ids` [n, 77] and perhaps `emphasis`."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image at one size, ready, on the CPU: the latents of its views, [views, 4, h, w] float32, the plainest first;
+    what SDXL is told of each, [views, 6] int64 (`crops.View.sizes`); and its caption as written. `tokens`: what its
+    captions are filled up to."""
+
+    item: Item
+    bucket: Bucket
+    latents: Tensor
+    sizes: Tensor
+    text: Text
+    tokens: int
+
+    def view(self, choices: Choices) -> dict[str, Tensor]:
+        """`latents` [4, h, w] and `sizes` [6] of one visit."""
+        at = choices.one_of(len(self.latents))
+        return {"latents": self.latents[at], "sizes": self.sizes[at]}
+
+    @property
+    def group(self) -> Hashable:
+        """Samples of one group have the same shapes."""
+        return (self.bucket.width, self.bucket.height, self.tokens)
+
+
+@dataclass(frozen=True)
+class Captions:
+    """Reads the caption of a visit."""
+
+    rules: Rules
+    read: Callable[[str], Text]
+
+    def drawn(self, sample: Sample, choices: Choices) -> Text:
+        return self.read(self.rules.drawn(sample.item.caption, choices))
+
+    def alike(self, texts: Sequence[Text], tokens: int) -> list[Text]:
+        """All of one length: `tokens`, or that of the longest. Chunks of the empty caption fill the others up, as the
+        WebUI does with prompts of unequal length."""
+        tokens = max(tokens, *map(length, texts))
+        return [text if length(text) == tokens else self._filled_up(text, tokens) for text in texts]
+
+    def _filled_up(self, text: Text, tokens: int) -> Text:
+        empty = self.read("")
+        times = (tokens - length(text)) // length(empty)
+        longer = {name: torch.cat([text[name], *[part] * times]) for name, part in empty.items() if name in _BY_CHUNK}
+        return {**text, **longer}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The samples in the order of the items, and what was left out.
+
+    `texts` has every caption that can be drawn of them by `rules`; None where those are too many, and captions are read
+    when they are drawn.
+    """
+
+    samples: tuple[Sample, ...]
+    skipped: tuple[str, ...]
+    rules: Rules = field(default_factory=Rules)
+    texts: Mapping[str, Text] | None = None
+
+    def captions(self, tokens: Callable[[str], Text]) -> Captions:
+        """`tokens` reads captions that are not there yet."""
+        return Captions(self.rules, tokens if self.texts is None else self.texts.__getitem__)
+
+    @property
+    def images(self) -> int:
+        """Files, however many sizes they are seen at."""
+        return len({sample.item.path for sample in self.samples})
+
+    @property
+    def epoch(self) -> tuple[Sample, ...]:
+        """What an epoch sees: each sample `repeats` times."""
+        return tuple(sample for sample in self.samples for _ in range(sample.item.repeats))
+
+    @property
+    def buckets(self) -> dict[tuple[int, int], int]:
+        """Images by (width, height), each as often as an epoch sees it."""
+        sizes: Counter[tuple[int, int]] = Counter()
+        for sample in self.samples:
+            sizes[sample.bucket.width, sample.bucket.height] += sample.item.repeats
+        return dict(sizes)
+
+
+_BY_CHUNK = ("context", "ids", "emphasis")
+
+
+def length(text: Text) -> int:
+    """In tokens."""
+    return text["ids"].numel() if "ids" in text else text["context"].shape[0]
