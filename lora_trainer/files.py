@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from lora_trainer.errors import OutputError
 
 # What a killed process leaves of a file: .NAME.0123456789abcdef.tmp beside NAME.
 _SUFFIX = ".tmp"
+_FLUSHES = 32
 
 
 def publish(data: bytes | Iterable[bytes | memoryview], target: Path) -> None:
@@ -21,7 +23,7 @@ def publish(data: bytes | Iterable[bytes | memoryview], target: Path) -> None:
     Raises OutputError; `target` is then as it was and no temporary file is left, nor one of a process that was killed.
     """
     sweep(target)
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}{_SUFFIX}")
+    temporary = _aside(target)
     try:
         make_folder(target.parent)
         with temporary.open("xb") as file:
@@ -35,6 +37,44 @@ def publish(data: bytes | Iterable[bytes | memoryview], target: Path) -> None:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
     _flush_folder(target.parent)
+
+
+def publish_all(files: Mapping[Path, bytes | None]) -> None:
+    """Put each file's bytes under its name, or remove it for None: every one is whole, before or after.
+
+    All new bytes are on disk before the first name changes. Raises OutputError; what was moved by then stays moved.
+    """
+    folders = {target.parent for target in files}
+    for folder in folders:
+        sweep_folder(folder)
+    asides = {target: _aside(target) for target, data in files.items() if data is not None}
+
+    def put_aside(target: Path) -> None:
+        try:
+            with asides[target].open("xb") as file:
+                _write(file, files[target])
+                _flush(file)
+        except OSError as error:
+            raise not_written(target, error) from error
+
+    try:
+        # A disk flushes many files at once nearly as fast as one.
+        with ThreadPoolExecutor(_FLUSHES) as threads:
+            list(threads.map(put_aside, asides))
+        for target in files:
+            try:
+                _rename(asides[target], target) if target in asides else _unlink(target)
+            except OSError as error:
+                raise not_written(target, error) from error
+    finally:
+        for aside in asides.values():
+            remove(aside)
+    for folder in folders:
+        _flush_folder(folder)
+
+
+def _aside(target: Path) -> Path:
+    return target.with_name(f".{target.name}.{secrets.token_hex(8)}{_SUFFIX}")
 
 
 def make_folder(folder: Path) -> None:

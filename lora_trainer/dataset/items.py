@@ -6,7 +6,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from lora_trainer.config.schema import Concept
@@ -49,7 +49,7 @@ class Item:
 class Contents:
     """What a folder holds, as training reads it. `empty` are pictures with a caption file or row that has no words,
     `deeper` are folders further down, which are not read, and `unnamed` files whose names are no text. `layout` tells
-    which concept a picture belongs to."""
+    which concept a picture belongs to, and `homes` which file holds its caption, be it empty."""
 
     images: tuple[Path, ...]
     captions: Captions
@@ -59,6 +59,7 @@ class Contents:
     unnamed: tuple[str, ...]
     notes: tuple[str, ...]
     layout: Layout
+    homes: Mapping[Path, Path] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,8 @@ def read_folder(
         reading.add_names()
     others = [file for file in files if file.suffix.lower() not in IMAGE_SUFFIXES]
     empty, notes = frozenset(reading.empty), tuple(reading.notes)
-    return Contents(tuple(images), reading.captions, empty, tuple(others), tuple(deeper), tuple(unnamed), notes, plan)
+    rest = (tuple(others), tuple(deeper), tuple(unnamed), notes, plan, reading.homes)
+    return Contents(tuple(images), reading.captions, empty, *rest)
 
 
 def by_folder(items: Sequence[Item]) -> dict[str, list[Item]]:
@@ -156,6 +158,7 @@ class _Reading:
         self.folder, self.images, self.complain, self.plan = folder, images, complain, plan
         self.captions: Captions = {}
         self.empty: set[Path] = set()
+        self.homes: dict[Path, Path] = {}
         self.notes: list[str] = list(plan.notes)
 
     def add_metadata(self, metadata: Path | None) -> None:
@@ -194,8 +197,10 @@ class _Reading:
                 missing.append(f"line {row.number}: {row.file}")
             elif row.caption:
                 self.captions[image] = (row.caption, metadata.name)
+                self.homes[image] = metadata
             else:
                 self.empty.add(image)
+                self.homes.setdefault(image, metadata)
         if missing:
             count = f"{len(missing)} of {len(rows)} rows"
             problem = DataError(f"{metadata}: {count} name pictures that are not in {place} ({_few(missing)})")
@@ -218,8 +223,10 @@ class _Reading:
                     self.notes.append(f"{place.name}: read as {encoding}")
                 if text.strip():
                     self.captions[image] = (clean(text), place.suffix)
+                    self.homes[image] = place
                 else:
                     self.empty.add(image)
+                    self.homes.setdefault(image, place)
 
     def add_words(self) -> None:
         """What concepts say of pictures that have no caption of their own."""

@@ -1,0 +1,533 @@
+// The caption editor over the tab "Train LoRA": pictures in pages, their captions, tags and undo. The server holds the
+// captions and writes each edit at once (lora_trainer/api/editor.py); here is only what is on show. All text goes into
+// the page as text, never as HTML.
+(function() {
+    "use strict";
+
+    const ROUTES = "./lora-trainer/editor/";
+    const TYPING_MS = 250;
+    const LOADS = 4;
+    const KEPT_PICTURES = 400;
+    const WORDS = {
+        keys: "Arrows move · Space selects · Enter edits · Ctrl+Enter saves, next · Ctrl+A all · Ctrl+Z undo · / search",
+        names: "No captions yet: training would use the file names. A caption written here goes into a .txt file " +
+            "beside its picture, and from then on every picture needs one.",
+    };
+
+    let page = null; // the elements, while the editor is open
+    let asked = null; // what the server is asked for: folder, search, page
+    let view = null; // its last answer
+    let current = "";
+    let selected = new Set();
+    let rangeStart = "";
+    let chain = Promise.resolve();
+    let typing = 0;
+    let loading = new AbortController();
+    const pictures = new Map(); // name: blob URL of its thumbnail
+
+    function find(selector) {
+        const root = typeof gradioApp === "function" ? gradioApp() : document;
+        return root.querySelector(selector);
+    }
+
+    function make(tag, properties, ...children) {
+        const element = Object.assign(document.createElement(tag), properties);
+        element.append(...children);
+        return element;
+    }
+
+    function button(text, title, onclick, className) {
+        return make("button", {type: "button", textContent: text, title, onclick, className: className || "lt-button"});
+    }
+
+    function counted(count, word) {
+        return `${count.toLocaleString("en")} ${word}${count === 1 ? "" : "s"}`;
+    }
+
+    // ---- the server ----
+
+    function headers() {
+        return {"Content-Type": "application/json", "X-LoRA-Trainer-Pass": find("#lora_trainer_pass [data-pass]").dataset.pass};
+    }
+
+    async function post(route, body) {
+        let response;
+        try {
+            response = await fetch(ROUTES + route, {method: "POST", headers: headers(), body: JSON.stringify(body)});
+        } catch {
+            throw new Error("The WebUI does not answer.");
+        }
+        const answer = await response.json().catch(() => ({errors: [`The WebUI answered ${response.status}.`]}));
+        if (!response.ok) throw new Error(answer.errors.join("\n"));
+        return answer;
+    }
+
+    // One request after the other, so that each edit is of what the page shows.
+    function ask(route, body, done) {
+        chain = chain.then(async function() {
+            if (!page) return;
+            page.root.classList.add("lt-busy");
+            try {
+                const answer = await post(route, typeof body === "function" ? body() : body);
+                if (!page) return;
+                say("");
+                show(answer);
+                if (done) done(answer);
+            } catch (error) {
+                say(error.message, true);
+                // What another program or page has written is shown before anything else is.
+                if (route !== "look") await post("look", asked).then(show, () => null);
+            } finally {
+                if (page) page.root.classList.remove("lt-busy");
+            }
+        });
+        return chain;
+    }
+
+    function look(changes) {
+        Object.assign(asked, changes);
+        return ask("look", () => asked);
+    }
+
+    // Another search shows other pictures: what was selected among the old ones is not changed unseen.
+    function search(changes) {
+        selected.clear();
+        save();
+        return look({page: 0, ...changes});
+    }
+
+    function edit(action, names, done) {
+        return ask("edit", () => ({look: asked, version: view.version, action, names}), done);
+    }
+
+    function undo() {
+        if (view && view.undo) {
+            ask("undo", () => ({look: asked, version: view.version}), (answer) => say(`Taken back: ${answer.undone}`));
+        }
+    }
+
+    // ---- pictures ----
+
+    function source(name, size) {
+        const query = new URLSearchParams({folder: asked.folder, metadata: asked.metadata, name, size});
+        return `${ROUTES}picture?${query}`;
+    }
+
+    async function load(name, size, signal) {
+        const response = await fetch(source(name, size), {headers: headers(), signal});
+        if (!response.ok) throw new Error((await response.json()).errors.join("\n"));
+        return URL.createObjectURL(await response.blob());
+    }
+
+    function forget(most) {
+        for (const [name, url] of pictures) {
+            if (pictures.size <= most) break;
+            URL.revokeObjectURL(url);
+            pictures.delete(name);
+        }
+    }
+
+    // The first ones first, a few at once; another page gives up what is left of this one.
+    function loadAll(tiles) {
+        loading.abort();
+        loading = new AbortController();
+        const {signal} = loading;
+        const waiting = tiles.filter(([name]) => !pictures.has(name));
+        async function next() {
+            for (let tile = waiting.shift(); tile && !signal.aborted; tile = waiting.shift()) {
+                const [name, image, cell] = tile;
+                try {
+                    pictures.set(name, await load(name, "small", signal));
+                    image.src = pictures.get(name);
+                } catch (error) {
+                    if (!signal.aborted) {
+                        cell.classList.add("lt-broken");
+                        cell.title = error.message;
+                    }
+                }
+            }
+        }
+        for (let at = 0; at < LOADS; at++) next();
+        forget(KEPT_PICTURES);
+    }
+
+    // ---- what is on show ----
+
+    function say(text, bad) {
+        if (!page) return;
+        page.message.textContent = text;
+        page.message.className = bad ? "lt-error" : "lt-note";
+    }
+
+    function show(answer) {
+        const before = view ? view.pictures.findIndex((one) => one.name === current) : -1;
+        view = answer;
+        asked.page = view.page;
+        if (!view.pictures.some((one) => one.name === current)) {
+            const at = Math.min(Math.max(before, 0), view.pictures.length - 1);
+            current = view.pictures.length ? view.pictures[at].name : "";
+        }
+        showHead();
+        showGrid();
+        showTags();
+        showCurrent();
+        showScope();
+    }
+
+    function showHead() {
+        page.title.textContent = view.folder;
+        page.count.textContent = view.found === view.total ? counted(view.total, "picture") :
+            `${view.found.toLocaleString("en")} of ${counted(view.total, "picture")}`;
+        page.without.textContent = `Without caption (${view.without.toLocaleString("en")})`;
+        page.without.setAttribute("aria-pressed", asked.without);
+        page.undo.disabled = !view.undo;
+        page.undo.title = view.undo ? `Undo: ${view.undo} (Ctrl+Z)` : "Nothing to undo";
+        page.chips.replaceChildren(...asked.tags.map((tag) =>
+            button(`${tag} ✕`, "Show others too", () => filter(tag), "lt-chip lt-pressed")));
+        const notes = [...view.notes, ...(view.from_names ? [WORDS.names] : [])];
+        page.notes.replaceChildren(...notes.slice(0, 5).map((text) => make("div", {textContent: text})));
+        page.where.textContent = `Page ${view.page + 1} of ${view.pages}`;
+        page.previous.disabled = view.page === 0;
+        page.next.disabled = view.page + 1 >= view.pages;
+    }
+
+    function showGrid() {
+        const tiles = [];
+        const cells = view.pictures.map(function(one) {
+            const image = make("img", {alt: "", draggable: false});
+            if (pictures.has(one.name)) image.src = pictures.get(one.name);
+            const mark = make("span", {className: "lt-mark", title: "Select (Space)"});
+            const caption = make("span", {className: one.caption ? "lt-words" : "lt-words lt-none",
+                textContent: one.caption || "no caption"});
+            const cell = make("div", {className: "lt-cell", title: one.name}, image, mark, caption);
+            cell.dataset.name = one.name;
+            cell.setAttribute("role", "option");
+            cell.setAttribute("aria-label", `${one.name}: ${one.caption || "no caption"}`);
+            tiles.push([one.name, image, cell]);
+            return cell;
+        });
+        const top = page.grid.scrollTop;
+        page.grid.replaceChildren(...(cells.length ? cells : [make("p", {textContent: "Nothing found."})]));
+        page.grid.scrollTop = top;
+        mark();
+        loadAll(tiles);
+    }
+
+    function mark() {
+        for (const cell of page.grid.querySelectorAll(".lt-cell")) {
+            cell.classList.toggle("lt-current", cell.dataset.name === current);
+            cell.classList.toggle("lt-selected", selected.has(cell.dataset.name));
+            cell.setAttribute("aria-selected", selected.has(cell.dataset.name));
+        }
+    }
+
+    function showTags() {
+        const chosen = new Set(asked.tags.map((tag) => tag.toLowerCase()));
+        page.tags.replaceChildren(...view.tags.map(function([tag, count]) {
+            const name = button(tag, "Show only pictures with it", () => filter(tag), "lt-tag");
+            name.setAttribute("aria-pressed", chosen.has(tag.toLowerCase()));
+            name.append(make("span", {textContent: count.toLocaleString("en")}));
+            const pencil = button("✎", `Change or remove ${tag}`, () => take(tag), "lt-pencil");
+            return make("div", {className: "lt-tag-row"}, name, pencil);
+        }));
+        page.order.textContent = asked.rare ? "rare first" : "common first";
+    }
+
+    function showScope() {
+        const names = targets();
+        page.scope.textContent = selected.size ? `In ${counted(selected.size, "selected picture")}` :
+            `In all ${counted(view.found, "picture")} found`;
+        page.clear.hidden = !names;
+    }
+
+    function one() {
+        return view ? view.pictures.find((picture) => picture.name === current) : undefined;
+    }
+
+    function showCurrent() {
+        const picture = one();
+        page.detail.hidden = !picture;
+        if (!picture) return;
+        page.name.textContent = picture.name;
+        page.home.textContent = picture.caption ? `in ${picture.home}` : `will be in ${picture.home}`;
+        const other = page.caption.dataset.name !== picture.name;
+        // Words being typed stay.
+        if (other || page.caption.value === page.caption.dataset.saved) page.caption.value = picture.caption;
+        page.caption.dataset.name = picture.name;
+        page.caption.dataset.saved = picture.caption;
+        if (!other) return;
+        page.large.removeAttribute("src");
+        if (pictures.has(picture.name)) page.large.src = pictures.get(picture.name);
+        load(picture.name, "large").then(function(url) {
+            if (page && page.caption.dataset.name === picture.name) page.large.src = url;
+            setTimeout(() => URL.revokeObjectURL(url), 1000);
+        }, () => null);
+    }
+
+    // ---- what the user does ----
+
+    function filter(tag) {
+        const rest = asked.tags.filter((other) => other.toLowerCase() !== tag.toLowerCase());
+        search({tags: rest.length < asked.tags.length ? rest : [...asked.tags, tag]});
+    }
+
+    function take(tag) {
+        page.tag.value = tag;
+        page.old.value = tag;
+        page.any.checked = false;
+        page.replacement.focus();
+    }
+
+    function targets() {
+        return selected.size ? [...selected] : null;
+    }
+
+    function many(action) {
+        save();
+        edit(action, targets(), (answer) => say(`Changed ${counted(answer.changed, "caption")}.`));
+    }
+
+    // Write what was typed; nothing to do is done too.
+    function save(done) {
+        const {name, saved} = page.caption.dataset;
+        const caption = page.caption.value;
+        if (name === undefined || caption === saved) {
+            if (done) done();
+            return;
+        }
+        page.caption.dataset.saved = caption;
+        edit({kind: "write", caption}, [name], done);
+    }
+
+    function saveAndGo() {
+        const from = view.pictures.findIndex((picture) => picture.name === current);
+        const name = current;
+        save(function() {
+            // A picture that is no longer found has made place for the next one.
+            if (!view.pictures.some((picture) => picture.name === name)) return;
+            if (from + 1 < view.pictures.length) go(from + 1);
+            else if (view.page + 1 < view.pages) turn(1);
+        });
+    }
+
+    function go(at, extend) {
+        if (!view.pictures.length) return;
+        save();
+        current = view.pictures[Math.min(Math.max(at, 0), view.pictures.length - 1)].name;
+        if (extend) selectRange();
+        else rangeStart = current;
+        mark();
+        showCurrent();
+        showScope();
+        const cell = page.grid.querySelector(".lt-current");
+        if (cell) cell.scrollIntoView({block: "nearest"});
+    }
+
+    function selectRange() {
+        const names = view.pictures.map((picture) => picture.name);
+        const ends = [names.indexOf(rangeStart), names.indexOf(current)].sort((a, b) => a - b);
+        if (ends[0] >= 0) names.slice(ends[0], ends[1] + 1).forEach((name) => selected.add(name));
+    }
+
+    function toggle(name) {
+        if (!selected.delete(name)) selected.add(name);
+        mark();
+        showScope();
+    }
+
+    function turn(by) {
+        save();
+        const to = Math.min(Math.max(view.page + by, 0), view.pages - 1);
+        if (to === view.page) return;
+        page.grid.scrollTop = 0;
+        look({page: to}).then(() => go(by > 0 ? 0 : view.pictures.length - 1));
+    }
+
+    function clicked(event) {
+        const cell = event.target.closest(".lt-cell");
+        if (!cell) return;
+        const at = view.pictures.findIndex((picture) => picture.name === cell.dataset.name);
+        const alone = event.target.closest(".lt-mark") || event.ctrlKey || event.metaKey;
+        go(at, event.shiftKey);
+        if (alone && !event.shiftKey) toggle(cell.dataset.name);
+    }
+
+    function columns() {
+        const cells = [...page.grid.querySelectorAll(".lt-cell")];
+        return Math.max(1, cells.filter((cell) => cell.offsetTop === cells[0].offsetTop).length);
+    }
+
+    function inGrid(event) {
+        const at = view.pictures.findIndex((picture) => picture.name === current);
+        const steps = {ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns(), ArrowDown: columns()};
+        const {key} = event;
+        if (key in steps) {
+            const to = at + steps[key];
+            if (to >= view.pictures.length && key !== "ArrowUp" && view.page + 1 < view.pages) turn(1);
+            else if (to < 0 && view.page > 0) turn(-1);
+            else go(to, event.shiftKey);
+        } else if (key === "Home") go(0, event.shiftKey);
+        else if (key === "End") go(view.pictures.length - 1, event.shiftKey);
+        else if (key === "PageDown") turn(1);
+        else if (key === "PageUp") turn(-1);
+        else if (key === " ") toggle(current);
+        else if (key === "Enter") page.caption.focus();
+        else return false;
+        return true;
+    }
+
+    function selectAll() {
+        // All of this page; all that were found need no selection.
+        view.pictures.forEach((picture) => selected.add(picture.name));
+        mark();
+        showScope();
+    }
+
+    function clear() {
+        selected.clear();
+        mark();
+        showScope();
+    }
+
+    function pressed(event) {
+        // The WebUI has keys of its own.
+        event.stopPropagation();
+        if (!view || event.isComposing) return;
+        const {key, target} = event;
+        const control = event.ctrlKey || event.metaKey;
+        const writes = target.matches("textarea, input:not([type=checkbox])");
+        let done = true;
+        if (key === "Enter" && control) saveAndGo();
+        else if (key === "Escape" && target === page.caption) {
+            page.caption.value = page.caption.dataset.saved;
+            page.grid.focus();
+        } else if (key === "Escape" && writes) page.grid.focus();
+        else if (key === "Escape" && selected.size) clear();
+        else if (key === "Escape") close();
+        else if (writes) done = false;
+        else if (control && key.toLowerCase() === "z") undo();
+        else if (control && key.toLowerCase() === "a") selectAll();
+        else if (key === "/") page.words.focus();
+        else if (target === page.grid && !control) done = inGrid(event);
+        else done = false;
+        if (done) event.preventDefault();
+    }
+
+    // ---- opening ----
+
+    function field(placeholder, onenter) {
+        const input = make("input", {type: "text", placeholder, autocomplete: "off"});
+        input.setAttribute("aria-label", placeholder);
+        if (onenter) input.addEventListener("keydown", (event) => event.key === "Enter" && !event.ctrlKey && onenter());
+        return input;
+    }
+
+    function built() {
+        const made = {};
+        made.title = make("b", {});
+        made.count = make("span", {className: "lt-count"});
+        made.words = field("Search in names and captions");
+        made.words.type = "search";
+        made.words.addEventListener("input", function() {
+            clearTimeout(typing);
+            typing = setTimeout(() => page && search({words: page.words.value}), TYPING_MS);
+        });
+        made.without = button("", "Show only pictures without a caption", () => search({without: !asked.without}));
+        made.undo = button("Undo", "", undo);
+        const close_ = button("Close", "Close (Esc)", close);
+        made.chips = make("div", {className: "lt-chips"});
+        const head = make("header", {}, made.title, made.count, made.words, made.without, made.chips, made.undo, close_);
+
+        made.message = make("div", {className: "lt-note"});
+        made.message.setAttribute("role", "status");
+        made.notes = make("div", {className: "lt-note"});
+        made.grid = make("div", {className: "lt-grid", tabIndex: 0, onclick: clicked,
+            ondblclick: () => page.caption.focus()});
+        made.grid.setAttribute("role", "listbox");
+        made.grid.setAttribute("aria-multiselectable", "true");
+        made.grid.setAttribute("aria-label", "Pictures");
+        made.previous = button("‹", "Page before (Page Up)", () => turn(-1));
+        made.next = button("›", "Next page (Page Down)", () => turn(1));
+        made.where = make("span", {});
+        const foot = make("footer", {}, make("span", {className: "lt-keys", textContent: WORDS.keys}),
+            made.previous, made.where, made.next);
+        const main = make("div", {className: "lt-main-pane"}, made.notes, made.grid, foot);
+
+        made.large = make("img", {alt: "", className: "lt-large"});
+        made.name = make("div", {className: "lt-name"});
+        made.home = make("span", {className: "lt-home"});
+        made.caption = make("textarea", {rows: 4, spellcheck: true, placeholder: "What this picture shows, in words or tags"});
+        made.caption.setAttribute("aria-label", "Caption");
+        const saving = make("div", {className: "lt-line"},
+            button("Save, next", "Save and go to the next picture (Ctrl+Enter)", saveAndGo, "lt-button lt-primary"), made.home);
+        made.detail = make("section", {}, made.large, made.name, made.caption, saving);
+
+        made.scope = make("span", {});
+        made.clear = button("select none", "Esc", clear, "lt-link");
+        made.tag = field("tag, or several", () => many({kind: "add", tags: made.tag.value}));
+        made.old = field("this tag", () => replace());
+        made.replacement = field("by this", () => replace());
+        made.any = make("input", {type: "checkbox"});
+        const replace = () => many({kind: "replace", old: made.old.value, new: made.replacement.value, text: made.any.checked});
+        const change = make("section", {}, make("div", {className: "lt-title"}, made.scope, " ", made.clear),
+            make("div", {className: "lt-line"}, made.tag,
+                button("Add", "At the end of each caption that lacks it", () => many({kind: "add", tags: made.tag.value})),
+                button("In front", "In front of each caption that lacks it",
+                    () => many({kind: "add", tags: made.tag.value, front: true})),
+                button("Remove", "From each caption", () => many({kind: "remove", tags: made.tag.value}))),
+            make("div", {className: "lt-line"}, made.old, made.replacement, button("Replace", "", replace)),
+            make("label", {}, made.any, " any text, not only a whole tag"));
+
+        made.order = button("", "Order of the tags", () => look({rare: !asked.rare}), "lt-link");
+        made.tags = make("div", {className: "lt-tags"});
+        const tags = make("section", {className: "lt-tag-list"},
+            make("div", {className: "lt-title"}, "Tags ", made.order), made.tags);
+        const side = make("aside", {}, made.detail, change, tags);
+        made.root = make("div", {id: "lora_trainer_editor", tabIndex: -1},
+            head, made.message, make("div", {className: "lt-panes"}, main, side));
+        made.root.setAttribute("role", "dialog");
+        made.root.setAttribute("aria-modal", "true");
+        made.root.setAttribute("aria-label", "Captions");
+        made.root.addEventListener("keydown", pressed);
+        return made;
+    }
+
+    function value(id) {
+        const input = find(`#${id} textarea, #${id} input`);
+        return input ? input.value : "";
+    }
+
+    function open() {
+        if (page) return;
+        page = built();
+        asked = {folder: value("lora_trainer_train_data_dir"), metadata: value("lora_trainer_metadata_path"),
+            words: "", tags: [], without: false, rare: false, page: 0};
+        view = null;
+        current = rangeStart = "";
+        selected = new Set();
+        forget(0);
+        (find(".gradio-container") || document.body).append(page.root);
+        say("Reading the captions…");
+        page.grid.focus();
+        ask("look", () => ({...asked, fresh: true}), () => page.grid.focus());
+    }
+
+    function close() {
+        if (!page) return;
+        const shut = function() {
+            loading.abort();
+            page.root.remove();
+            page = null;
+            forget(0);
+            const opener = find("#lora_trainer_edit");
+            if (opener) opener.focus();
+        };
+        // What could not be saved stays on show, with the reason.
+        if (view) save(shut);
+        else shut();
+    }
+
+    document.addEventListener("click", function(event) {
+        if (event.target.closest && event.target.closest("#lora_trainer_edit")) open();
+    });
+})();
