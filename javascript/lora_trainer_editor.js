@@ -284,6 +284,7 @@
 
     function many(action) {
         save();
+        say("Writing…");
         edit(action, targets(), (answer) => say(`Changed ${counted(answer.changed, "caption")}.`));
     }
 
@@ -449,7 +450,7 @@
         made.previous = button("‹", "Page before (Page Up)", () => turn(-1));
         made.next = button("›", "Next page (Page Down)", () => turn(1));
         made.where = make("span", {});
-        const foot = make("footer", {}, make("span", {className: "lt-keys", textContent: WORDS.keys}),
+        const foot = make("div", {className: "lt-foot"}, make("span", {className: "lt-keys", textContent: WORDS.keys}),
             made.previous, made.where, made.next);
         const main = make("div", {className: "lt-main-pane"}, made.notes, made.grid, foot);
 
@@ -507,6 +508,7 @@
         selected = new Set();
         forget(0);
         (find(".gradio-container") || document.body).append(page.root);
+        document.documentElement.classList.add("lt-editing");
         say("Reading the captions…");
         page.grid.focus();
         ask("look", () => ({...asked, fresh: true}), () => page.grid.focus());
@@ -517,6 +519,7 @@
         const shut = function() {
             loading.abort();
             page.root.remove();
+            document.documentElement.classList.remove("lt-editing");
             page = null;
             forget(0);
             const opener = find("#lora_trainer_edit");

@@ -30,7 +30,6 @@ PREFIX = "/lora-trainer/editor"
 HEADER = "x-lora-trainer-pass"
 PAGE = 60
 TAGS = 200
-MAX_NAMES = 50_000
 
 
 class Look(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -201,5 +200,4 @@ def _shown(album: Album, picture: Picture) -> dict[str, object]:
         "name": picture.name,
         "caption": picture.caption,
         "home": home.relative_to(album.folder).as_posix() if home.is_relative_to(album.folder) else home.name,
-        "lines": not album.in_table(home),
     }

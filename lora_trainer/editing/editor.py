@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import RLock
@@ -126,6 +127,9 @@ class Editor:
         try:
             publish_all(new)
         except OutputError:
+            # What was moved into place before the disk failed goes back, so that all is done or nothing.
+            with suppress(OutputError):
+                publish_all({path: data for path, data in expected.items() if _bytes(path) != data})
             opened.renew()
             raise
 

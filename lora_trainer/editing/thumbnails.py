@@ -16,6 +16,7 @@ from lora_trainer.errors import DataError, OutputError
 from lora_trainer.files import publish, remove
 
 SIZES = {"small": 256, "large": 1024}
+_JPEG_END = b"\xff\xd9"
 # Some 20,000 small ones.
 MAX_BYTES = 256 * 1024 * 1024
 
@@ -36,12 +37,15 @@ class Thumbnails:
         key = hashlib.sha256(repr((str(picture), facts.st_mtime_ns, facts.st_size, size)).encode()).hexdigest()
         kept = self.folder / key[:2] / f"{key[2:]}.jpg"
         with suppress(OSError):
-            return kept.read_bytes()
+            data = kept.read_bytes()
+            # Not what a power cut left.
+            if data.endswith(_JPEG_END):
+                return data
         with self._making:
             made = _made(picture, SIZES[size])
         # A full disk costs only time.
         with suppress(OutputError):
-            publish(made, kept)
+            publish(made, kept, durable=False)
         return made
 
     def trim(self, limit: int = MAX_BYTES) -> None:

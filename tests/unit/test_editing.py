@@ -254,6 +254,21 @@ def test_a_full_disk_loses_nothing(editor: Editor, folder: Path, monkeypatch: py
     assert (folder / "a.txt").read_text() == "cat"
 
 
+def test_an_edit_is_done_to_all_or_none(editor: Editor, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def only_one(source: Path, target: Path) -> None:
+        if target.name == "c.txt":
+            raise OSError(5, "Input/output error")
+        source.replace(target)
+
+    (folder / "a.txt").write_text("cat")
+    monkeypatch.setattr("lora_trainer.files._rename", only_one)
+    with pytest.raises(OutputError, match=r"c\.txt: not written"):
+        act(editor, folder, Add("y"))
+    assert sorted(path.name for path in folder.iterdir()) == ["a.png", "a.txt", "b.png", "c.png", "d.png"]
+    assert (folder / "a.txt").read_text() == "cat"
+    assert editor.open(folder, None).steps == []
+
+
 def test_only_so_much_is_remembered(editor: Editor, folder: Path, tmp_path: Path) -> None:
     for number in range(MAX_STEPS + 5):
         act(editor, folder, Write(f"caption {number}"), "a.png")
@@ -316,10 +331,12 @@ def test_thumbnails_are_small_upright_and_kept(folder: Path, tmp_path: Path) -> 
     (kept,) = (tmp_path / "kept").glob("*/*.jpg")
     assert kept.read_bytes() == made
     assert Image.open(kept).size == (128, 256)
-    kept.write_bytes(b"from the disk")
-    assert thumbnails.get(folder / "big.jpg", "small") == b"from the disk"
+    kept.write_bytes(b"from the disk\xff\xd9")
+    assert thumbnails.get(folder / "big.jpg", "small") == b"from the disk\xff\xd9"
+    kept.write_bytes(made[:100])
+    assert thumbnails.get(folder / "big.jpg", "small") == made
     Image.new("RGB", (100, 100), "blue").save(folder / "big.jpg")
-    assert thumbnails.get(folder / "big.jpg", "small") != b"from the disk"
+    assert thumbnails.get(folder / "big.jpg", "small") != made
     thumbnails.trim(0)
     assert list((tmp_path / "kept").glob("*/*.jpg")) == []
     (folder / "broken.png").write_bytes(b"no picture")
