@@ -24,6 +24,8 @@
     let typing = 0;
     let loading = new AbortController();
     const pictures = new Map(); // name: blob URL of its thumbnail
+    const sending = new Map(); // name: its caption on the way to the server
+    const unsaved = new Map(); // name: its caption that could not be written
 
     function find(selector) {
         const root = typeof gradioApp === "function" ? gradioApp() : document;
@@ -63,7 +65,7 @@
     }
 
     // One request after the other, so that each edit is of what the page shows.
-    function ask(route, body, done) {
+    function ask(route, body, done, failed) {
         chain = chain.then(async function() {
             if (!page) return;
             page.root.classList.add("lt-busy");
@@ -75,6 +77,7 @@
                 if (done) done(answer);
             } catch (error) {
                 say(error.message, true);
+                if (page && failed) failed();
                 // What another program or page has written is shown before anything else is.
                 if (route !== "look") await post("look", asked).then(show, () => null);
             } finally {
@@ -96,8 +99,8 @@
         return look({page: 0, ...changes});
     }
 
-    function edit(action, names, done) {
-        return ask("edit", () => ({look: asked, version: view.version, action, names}), done);
+    function edit(action, names, done, failed) {
+        return ask("edit", () => ({look: asked, version: view.version, action, names}), done, failed);
     }
 
     function undo() {
@@ -155,8 +158,8 @@
 
     function say(text, bad) {
         if (!page) return;
-        page.message.textContent = text;
-        page.message.className = bad ? "lt-error" : "lt-note";
+        page.error.textContent = bad ? text : "";
+        page.said.textContent = bad || !text ? WORDS.keys : text;
     }
 
     function show(answer) {
@@ -207,7 +210,8 @@
             return cell;
         });
         const top = page.grid.scrollTop;
-        page.grid.replaceChildren(...(cells.length ? cells : [make("p", {textContent: "Nothing found."})]));
+        const none = asked.without && !view.without ? "Every picture has a caption." : "Nothing found.";
+        page.grid.replaceChildren(...(cells.length ? cells : [make("p", {className: "lt-nothing", textContent: none})]));
         page.grid.scrollTop = top;
         mark();
         loadAll(tiles);
@@ -252,7 +256,9 @@
         page.home.textContent = picture.caption ? `in ${picture.home}` : `will be in ${picture.home}`;
         const other = page.caption.dataset.name !== picture.name;
         // Words being typed stay.
-        if (other || page.caption.value === page.caption.dataset.saved) page.caption.value = picture.caption;
+        if (other || page.caption.value === page.caption.dataset.saved) {
+            page.caption.value = unsaved.has(picture.name) ? unsaved.get(picture.name) : picture.caption;
+        }
         page.caption.dataset.name = picture.name;
         page.caption.dataset.saved = picture.caption;
         if (!other) return;
@@ -288,16 +294,33 @@
         edit(action, targets(), (answer) => say(`Changed ${counted(answer.changed, "caption")}.`));
     }
 
-    // Write what was typed; nothing to do is done too.
+    // Write what was typed. What could not be written stays with its picture.
     function save(done) {
         const {name, saved} = page.caption.dataset;
         const caption = page.caption.value;
-        if (name === undefined || caption === saved) {
-            if (done) done();
+        if (name === undefined || caption === saved || sending.get(name) === caption) {
+            if (done) chain.then(done);
             return;
         }
-        page.caption.dataset.saved = caption;
-        edit({kind: "write", caption}, [name], done);
+        sending.set(name, caption);
+        edit({kind: "write", caption}, [name], function() {
+            sending.delete(name);
+            unsaved.delete(name);
+            if (page.caption.dataset.name === name && page.caption.value === caption) {
+                page.caption.value = page.caption.dataset.saved;
+            }
+            if (done) done();
+        }, function() {
+            sending.delete(name);
+            unsaved.set(name, caption);
+            if (view.pictures.some((picture) => picture.name === name)) current = name;
+        });
+    }
+
+    function revert() {
+        unsaved.delete(page.caption.dataset.name);
+        page.caption.value = page.caption.dataset.saved;
+        page.grid.focus();
     }
 
     function saveAndGo() {
@@ -399,17 +422,15 @@
         const writes = target.matches("textarea, input:not([type=checkbox])");
         let done = true;
         if (key === "Enter" && control) saveAndGo();
-        else if (key === "Escape" && target === page.caption) {
-            page.caption.value = page.caption.dataset.saved;
-            page.grid.focus();
-        } else if (key === "Escape" && writes) page.grid.focus();
+        else if (key === "Escape" && target === page.caption) revert();
+        else if (key === "Escape" && writes) page.grid.focus();
         else if (key === "Escape" && selected.size) clear();
         else if (key === "Escape") close();
         else if (writes) done = false;
         else if (control && key.toLowerCase() === "z") undo();
         else if (control && key.toLowerCase() === "a") selectAll();
         else if (key === "/") page.words.focus();
-        else if (target === page.grid && !control) done = inGrid(event);
+        else if ((target === page.grid || !page.root.contains(target)) && !control) done = inGrid(event);
         else done = false;
         if (done) event.preventDefault();
     }
@@ -439,8 +460,10 @@
         made.chips = make("div", {className: "lt-chips"});
         const head = make("header", {}, made.title, made.count, made.words, made.without, made.chips, made.undo, close_);
 
-        made.message = make("div", {className: "lt-note"});
-        made.message.setAttribute("role", "status");
+        made.error = make("div", {className: "lt-error"});
+        made.error.setAttribute("role", "alert");
+        made.said = make("span", {className: "lt-said"});
+        made.said.setAttribute("role", "status");
         made.notes = make("div", {className: "lt-note"});
         made.grid = make("div", {className: "lt-grid", tabIndex: 0, onclick: clicked,
             ondblclick: () => page.caption.focus()});
@@ -450,8 +473,7 @@
         made.previous = button("‹", "Page before (Page Up)", () => turn(-1));
         made.next = button("›", "Next page (Page Down)", () => turn(1));
         made.where = make("span", {});
-        const foot = make("div", {className: "lt-foot"}, make("span", {className: "lt-keys", textContent: WORDS.keys}),
-            made.previous, made.where, made.next);
+        const foot = make("div", {className: "lt-foot"}, made.said, made.previous, made.where, made.next);
         const main = make("div", {className: "lt-main-pane"}, made.notes, made.grid, foot);
 
         made.large = make("img", {alt: "", className: "lt-large"});
@@ -485,7 +507,7 @@
             make("div", {className: "lt-title"}, "Tags ", made.order), made.tags);
         const side = make("aside", {}, made.detail, change, tags);
         made.root = make("div", {id: "lora_trainer_editor", tabIndex: -1},
-            head, made.message, make("div", {className: "lt-panes"}, main, side));
+            head, made.error, make("div", {className: "lt-panes"}, main, side));
         made.root.setAttribute("role", "dialog");
         made.root.setAttribute("aria-modal", "true");
         made.root.setAttribute("aria-label", "Captions");
@@ -507,7 +529,12 @@
         current = rangeStart = "";
         selected = new Set();
         forget(0);
-        (find(".gradio-container") || document.body).append(page.root);
+        sending.clear();
+        unsaved.clear();
+        const container = find(".gradio-container") || document.body;
+        page.beneath = [...container.children].filter((element) => !element.inert);
+        page.beneath.forEach((element) => element.inert = true);
+        container.append(page.root);
         document.documentElement.classList.add("lt-editing");
         say("Reading the captions…");
         page.grid.focus();
@@ -517,8 +544,10 @@
     function close() {
         if (!page) return;
         const shut = function() {
+            if (!page) return;
             loading.abort();
             page.root.remove();
+            page.beneath.forEach((element) => element.inert = false);
             document.documentElement.classList.remove("lt-editing");
             page = null;
             forget(0);
@@ -526,9 +555,14 @@
             if (opener) opener.focus();
         };
         // What could not be saved stays on show, with the reason.
-        if (view) save(shut);
-        else shut();
+        if (view && !unsaved.size) save(shut);
+        else if (!unsaved.size || confirm("Close without what could not be saved?")) shut();
     }
+
+    // A key pressed while nothing has the focus is meant for the editor too.
+    document.addEventListener("keydown", function(event) {
+        if (page && !page.root.contains(event.target)) pressed(event);
+    }, true);
 
     document.addEventListener("click", function(event) {
         if (event.target.closest && event.target.closest("#lora_trainer_edit")) open();

@@ -58,7 +58,7 @@ def test_every_tensor_is_shared_and_the_view_is_quick(webui):
     print(seen)
     assert seen["unet"] == [684, 684]
     assert seen["vae"] == [176, 176]
-    assert seen["seconds"] < 0.2
+    assert seen["seconds"] < 0.5
 
 
 def test_only_the_finished_lora_is_among_the_users(webui, trained):
