@@ -60,6 +60,8 @@ def metadata(path: Path, before: bytes, rows: Rows) -> bytes:
     """The .csv or .jsonl file `path` with `rows`; `before` are its bytes. Raises DataError."""
     text = decode(path, before)[0]
     newline = next((end for end in ("\r\n", "\n", "\r") if end in text), "\n")
+    if not _read(path, text):
+        raise DataError(f"{path}: expected a row that can be read; mend it first")
     edit = _edited_lines if is_json(path) else _edited_table
     after, new = edit(path, text, rows)
     if new:
@@ -97,10 +99,15 @@ def _edited_lines(path: Path, text: str, rows: Rows) -> tuple[str, list[str]]:
         start, end = next(values[name] for name in TEXT_COLUMNS if name in values)
         new = caption.split("\n") if line[start] == "[" else clean(caption)
         lines[number - 1] = line[:start] + json.dumps(new, ensure_ascii="\\u" in line) + line[end:]
-    first = next((json_values(line) for line in lines if line.strip()), {})
-    keys = [next((name for name in names if name in first), names[0]) for names in (FILE_COLUMNS, TEXT_COLUMNS)]
-    new = [dict(zip(keys, (file, clean(caption)), strict=True)) for file, caption in rows.added]
-    return "\n".join(lines), [json.dumps(row, ensure_ascii="\\u" in text) for row in new]
+    return "\n".join(lines), _new_lines(path, text, rows.added) if rows.added else []
+
+
+def _new_lines(path: Path, text: str, added: Sequence[tuple[str, str]]) -> list[str]:
+    """With the keys of the first row that training reads."""
+    known = json_values(text.split("\n")[_read(path, text)[0].number - 1])
+    keys = [next(name for name in names if name in known) for names in (FILE_COLUMNS, TEXT_COLUMNS)]
+    new = [dict(zip(keys, (file, clean(caption)), strict=True)) for file, caption in added]
+    return [json.dumps(row, ensure_ascii="\\u" in text) for row in new]
 
 
 def _check(path: Path, before: str, after: str, rows: Rows) -> None:
