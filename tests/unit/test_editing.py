@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from lora_trainer.dataset.items import read_folder
+from lora_trainer.editing import tags
 from lora_trainer.editing.actions import Add, Remove, Replace, Write
 from lora_trainer.editing.album import Search, common
 from lora_trainer.editing.editor import MAX_OPEN, MAX_STEPS, Editor
@@ -51,6 +52,17 @@ def captions(editor: Editor, folder: Path) -> dict[str, str]:
         told = {image.relative_to(folder).as_posix(): text for image, (text, _) in read.captions.items()}
         assert told == {name: " ".join(text.split()) for name, text in shown.items() if text}
     return shown
+
+
+# Tags
+
+
+def test_a_tag_is_replaced_once_and_where_it_was() -> None:
+    assert tags.with_tag_replaced("cat, dog, Cat", "CAT", ["tom", "tabby"]) == "tom, tabby, dog"
+    assert tags.with_tag_replaced("cat, dog, tom", "cat", ["tom"]) == "dog, tom"
+    assert tags.with_tag_replaced("cats, dog", "cat", ["tom"]) == "cats, dog"
+    assert tags.with_text_replaced("a cat, cats", "cat", "dog") == "a dog, dogs"
+    assert tags.typed(" 猫，dog, Dog,, ") == ["猫", "dog"]
 
 
 # Text files
@@ -138,6 +150,15 @@ def test_a_table_without_a_header(editor: Editor, folder: Path) -> None:
     act(editor, folder, Add("x", front=True), "a.png", "b.png", "c.png")
     assert table.read_bytes() == b'a.png, "x, a cat, at night" \nb.png,"x, dog"\nc.png,x\n'
     assert captions(editor, folder)["a.png"] == "x, a cat, at night"
+
+
+def test_what_would_be_read_otherwise_is_not_written(editor: Editor, folder: Path) -> None:
+    # At the end of a row without a header a delimiter counts as an empty cell.
+    table = folder / "metadata.csv"
+    table.write_text("a.png;cat\n")
+    with pytest.raises(DataError, match="cannot be written into it"):
+        act(editor, folder, Write("cat;"), "a.png")
+    assert table.read_text() == "a.png;cat\n"
 
 
 def test_json_lines_keep_their_keys_and_numbers(editor: Editor, folder: Path) -> None:
