@@ -6,10 +6,9 @@
 
     const ROUTES = "./lora-trainer/editor/";
     const TYPING_MS = 250;
-    const LOADS = 4;
-    const KEPT_PICTURES = 400;
     const WORDS = {
-        keys: "Arrows move · Space selects · Enter edits · Ctrl+Enter saves, next · Ctrl+A all · Ctrl+Z undo · / search",
+        keys: "Arrows move · Space selects · Enter edits · Ctrl+Enter saves, next · " +
+            "Ctrl+A all · Ctrl+Z undo · / search",
         names: "No captions yet: training would use the file names. A caption written here goes into a .txt file " +
             "beside its picture, and from then on every picture needs one.",
     };
@@ -22,24 +21,26 @@
     let rangeStart = "";
     let chain = Promise.resolve();
     let typing = 0;
-    let loading = new AbortController();
-    const pictures = new Map(); // name: blob URL of its thumbnail
+    let pictures = null;
     const sending = new Map(); // name: its caption on the way to the server
     const unsaved = new Map(); // name: its caption that could not be written
+
+    // The other scripts of the editor may be read after this one.
+    function parts() {
+        return window.loraTrainerEditorParts;
+    }
+
+    function make(...given) {
+        return parts().make(...given);
+    }
+
+    function button(...given) {
+        return parts().button(...given);
+    }
 
     function find(selector) {
         const root = typeof gradioApp === "function" ? gradioApp() : document;
         return root.querySelector(selector);
-    }
-
-    function make(tag, properties, ...children) {
-        const element = Object.assign(document.createElement(tag), properties);
-        element.append(...children);
-        return element;
-    }
-
-    function button(text, title, onclick, className) {
-        return make("button", {type: "button", textContent: text, title, onclick, className: className || "lt-button"});
     }
 
     function counted(count, word) {
@@ -49,7 +50,8 @@
     // ---- the server ----
 
     function headers() {
-        return {"Content-Type": "application/json", "X-LoRA-Trainer-Pass": find("#lora_trainer_pass [data-pass]").dataset.pass};
+        const {pass} = find("#lora_trainer_pass [data-pass]").dataset;
+        return {"Content-Type": "application/json", "X-LoRA-Trainer-Pass": pass};
     }
 
     async function post(route, body) {
@@ -109,49 +111,9 @@
         }
     }
 
-    // ---- pictures ----
-
-    function source(name, size) {
+    function picture(name, size) {
         const query = new URLSearchParams({folder: asked.folder, metadata: asked.metadata, name, size});
-        return `${ROUTES}picture?${query}`;
-    }
-
-    async function load(name, size, signal) {
-        const response = await fetch(source(name, size), {headers: headers(), signal});
-        if (!response.ok) throw new Error((await response.json()).errors.join("\n"));
-        return URL.createObjectURL(await response.blob());
-    }
-
-    function forget(most) {
-        for (const [name, url] of pictures) {
-            if (pictures.size <= most) break;
-            URL.revokeObjectURL(url);
-            pictures.delete(name);
-        }
-    }
-
-    // The first ones first, a few at once; another page gives up what is left of this one.
-    function loadAll(tiles) {
-        loading.abort();
-        loading = new AbortController();
-        const {signal} = loading;
-        const waiting = tiles.filter(([name]) => !pictures.has(name));
-        async function next() {
-            for (let tile = waiting.shift(); tile && !signal.aborted; tile = waiting.shift()) {
-                const [name, image, cell] = tile;
-                try {
-                    pictures.set(name, await load(name, "small", signal));
-                    image.src = pictures.get(name);
-                } catch (error) {
-                    if (!signal.aborted) {
-                        cell.classList.add("lt-broken");
-                        cell.title = error.message;
-                    }
-                }
-            }
-        }
-        for (let at = 0; at < LOADS; at++) next();
-        forget(KEPT_PICTURES);
+        return [`${ROUTES}picture?${query}`, headers()];
     }
 
     // ---- what is on show ----
@@ -198,7 +160,6 @@
         const tiles = [];
         const cells = view.pictures.map(function(one) {
             const image = make("img", {alt: "", draggable: false});
-            if (pictures.has(one.name)) image.src = pictures.get(one.name);
             const mark = make("span", {className: "lt-mark", title: "Select (Space)"});
             const caption = make("span", {className: one.caption ? "lt-words" : "lt-words lt-none",
                 textContent: one.caption || "no caption"});
@@ -211,10 +172,11 @@
         });
         const top = page.grid.scrollTop;
         const none = asked.without && !view.without ? "Every picture has a caption." : "Nothing found.";
-        page.grid.replaceChildren(...(cells.length ? cells : [make("p", {className: "lt-nothing", textContent: none})]));
+        const nothing = make("p", {className: "lt-nothing", textContent: none});
+        page.grid.replaceChildren(...(cells.length ? cells : [nothing]));
         page.grid.scrollTop = top;
         mark();
-        loadAll(tiles);
+        pictures.fill(tiles);
     }
 
     function mark() {
@@ -263,8 +225,8 @@
         page.caption.dataset.saved = picture.caption;
         if (!other) return;
         page.large.removeAttribute("src");
-        if (pictures.has(picture.name)) page.large.src = pictures.get(picture.name);
-        load(picture.name, "large").then(function(url) {
+        pictures.show(picture.name, page.large);
+        pictures.load(picture.name, "large").then(function(url) {
             if (page && page.caption.dataset.name === picture.name) page.large.src = url;
             setTimeout(() => URL.revokeObjectURL(url), 1000);
         }, () => null);
@@ -435,85 +397,12 @@
         if (done) event.preventDefault();
     }
 
+    function type() {
+        clearTimeout(typing);
+        typing = setTimeout(() => page && search({words: page.words.value}), TYPING_MS);
+    }
+
     // ---- opening ----
-
-    function field(placeholder, onenter) {
-        const input = make("input", {type: "text", placeholder, autocomplete: "off"});
-        input.setAttribute("aria-label", placeholder);
-        if (onenter) input.addEventListener("keydown", (event) => event.key === "Enter" && !event.ctrlKey && onenter());
-        return input;
-    }
-
-    function built() {
-        const made = {};
-        made.title = make("b", {});
-        made.count = make("span", {className: "lt-count"});
-        made.words = field("Search in names and captions");
-        made.words.type = "search";
-        made.words.addEventListener("input", function() {
-            clearTimeout(typing);
-            typing = setTimeout(() => page && search({words: page.words.value}), TYPING_MS);
-        });
-        made.without = button("", "Show only pictures without a caption", () => search({without: !asked.without}));
-        made.undo = button("Undo", "", undo);
-        const close_ = button("Close", "Close (Esc)", close);
-        made.chips = make("div", {className: "lt-chips"});
-        const head = make("header", {}, made.title, made.count, made.words, made.without, made.chips, made.undo, close_);
-
-        made.error = make("div", {className: "lt-error"});
-        made.error.setAttribute("role", "alert");
-        made.said = make("span", {className: "lt-said"});
-        made.said.setAttribute("role", "status");
-        made.notes = make("div", {className: "lt-note"});
-        made.grid = make("div", {className: "lt-grid", tabIndex: 0, onclick: clicked,
-            ondblclick: () => page.caption.focus()});
-        made.grid.setAttribute("role", "listbox");
-        made.grid.setAttribute("aria-multiselectable", "true");
-        made.grid.setAttribute("aria-label", "Pictures");
-        made.previous = button("‹", "Page before (Page Up)", () => turn(-1));
-        made.next = button("›", "Next page (Page Down)", () => turn(1));
-        made.where = make("span", {});
-        const foot = make("div", {className: "lt-foot"}, made.said, made.previous, made.where, made.next);
-        const main = make("div", {className: "lt-main-pane"}, made.notes, made.grid, foot);
-
-        made.large = make("img", {alt: "", className: "lt-large"});
-        made.name = make("div", {className: "lt-name"});
-        made.home = make("span", {className: "lt-home"});
-        made.caption = make("textarea", {rows: 4, spellcheck: true, placeholder: "What this picture shows, in words or tags"});
-        made.caption.setAttribute("aria-label", "Caption");
-        const saving = make("div", {className: "lt-line"},
-            button("Save, next", "Save and go to the next picture (Ctrl+Enter)", saveAndGo, "lt-button lt-primary"), made.home);
-        made.detail = make("section", {}, made.large, made.name, made.caption, saving);
-
-        made.scope = make("span", {});
-        made.clear = button("select none", "Esc", clear, "lt-link");
-        made.tag = field("tag, or several", () => many({kind: "add", tags: made.tag.value}));
-        made.old = field("this tag", () => replace());
-        made.replacement = field("by this", () => replace());
-        made.any = make("input", {type: "checkbox"});
-        const replace = () => many({kind: "replace", old: made.old.value, new: made.replacement.value, text: made.any.checked});
-        const change = make("section", {}, make("div", {className: "lt-title"}, made.scope, " ", made.clear),
-            make("div", {className: "lt-line"}, made.tag,
-                button("Add", "At the end of each caption that lacks it", () => many({kind: "add", tags: made.tag.value})),
-                button("In front", "In front of each caption that lacks it",
-                    () => many({kind: "add", tags: made.tag.value, front: true})),
-                button("Remove", "From each caption", () => many({kind: "remove", tags: made.tag.value}))),
-            make("div", {className: "lt-line"}, made.old, made.replacement, button("Replace", "", replace)),
-            make("label", {}, made.any, " any text, not only a whole tag"));
-
-        made.order = button("", "Order of the tags", () => look({rare: !asked.rare}), "lt-link");
-        made.tags = make("div", {className: "lt-tags"});
-        const tags = make("section", {className: "lt-tag-list"},
-            make("div", {className: "lt-title"}, "Tags ", made.order), made.tags);
-        const side = make("aside", {}, made.detail, change, tags);
-        made.root = make("div", {id: "lora_trainer_editor", tabIndex: -1},
-            head, made.error, make("div", {className: "lt-panes"}, main, side));
-        made.root.setAttribute("role", "dialog");
-        made.root.setAttribute("aria-modal", "true");
-        made.root.setAttribute("aria-label", "Captions");
-        made.root.addEventListener("keydown", pressed);
-        return made;
-    }
 
     function value(id) {
         const input = find(`#${id} textarea, #${id} input`);
@@ -522,13 +411,15 @@
 
     function open() {
         if (page) return;
-        page = built();
+        page = parts().page({type, without: () => search({without: !asked.without}), undo, close, pick: clicked, turn,
+            write: () => page.caption.focus(), save: saveAndGo, many, clear, order: () => look({rare: !asked.rare})});
+        page.root.addEventListener("keydown", pressed);
+        pictures = new (parts().Pictures)(picture);
         asked = {folder: value("lora_trainer_train_data_dir"), metadata: value("lora_trainer_metadata_path"),
             words: "", tags: [], without: false, rare: false, page: 0};
         view = null;
         current = rangeStart = "";
         selected = new Set();
-        forget(0);
         sending.clear();
         unsaved.clear();
         const container = find(".gradio-container") || document.body;
@@ -545,12 +436,11 @@
         if (!page) return;
         const shut = function() {
             if (!page) return;
-            loading.abort();
+            pictures.close();
             page.root.remove();
             page.beneath.forEach((element) => element.inert = false);
             document.documentElement.classList.remove("lt-editing");
             page = null;
-            forget(0);
             const opener = find("#lora_trainer_edit");
             if (opener) opener.focus();
         };

@@ -623,7 +623,7 @@ def test_the_editor_finds_its_button_its_folder_and_its_pass():
 
     made = {block.elem_id: block for block in build(FakeHost()).blocks.values() if getattr(block, "elem_id", None)}
     root = Path(__file__).parents[2]
-    script = (root / "javascript" / "lora_trainer_editor.js").read_text(encoding="utf-8")
+    script = "".join(path.read_text(encoding="utf-8") for path in (root / "javascript").glob("lora_trainer_editor*.js"))
     wanted = set(re.findall(r"lora_trainer_\w+", script)) - {"lora_trainer_editor"}
     assert wanted == {f"lora_trainer_{name}" for name in ("edit", "pass", "train_data_dir", "metadata_path")}
     assert wanted <= set(made)
