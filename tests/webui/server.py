@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,6 +97,19 @@ class WebUI:
 
     def post(self, path: str, body: object = None) -> Any:
         return self._call(path, body or {})
+
+    def page(self, path: str, login: tuple[str, str] | None = None) -> str:
+        """What a browser gets at `path`, be it a refusal, logged in to gradio or not."""
+        opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
+        home = f"http://127.0.0.1:{self.port}"
+        if login:
+            form = urllib.parse.urlencode({"username": login[0], "password": login[1]}).encode()
+            opener.open(f"{home}/login", form).close()
+        try:
+            with opener.open(home + path) as answer:
+                return answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.read().decode()
 
     def run(self, code: str) -> Any:
         """`result` of a snippet run inside the server's process."""
