@@ -27,11 +27,14 @@ Files = Mapping[Path, "bytes | None"]
 
 @dataclass(frozen=True)
 class Step:
-    """What undo takes back, in words and as files."""
+    """What undo takes back, in words, as files and as the pictures on show; these hold for the `reading` of the folder
+    in which they were changed."""
 
     label: str
     before: Files
     after: Files
+    pictures: Mapping[str, Picture]
+    reading: int
 
     @property
     def size(self) -> int:
@@ -40,15 +43,27 @@ class Step:
 
 @dataclass
 class Opened:
-    """An album with its history; `version` is another one after each change."""
+    """An album with its history; `version` is another one after each change, `reading` counts how often the folder was
+    read."""
 
     album: Album
+    reading: int = 0
     version: str = field(default_factory=lambda: secrets.token_hex(8))
     steps: list[Step] = field(default_factory=list)
 
-    def renew(self, album: Album | None = None) -> None:
-        self.album = album or open_album(self.album.folder, self.album.metadata)
+    def renew(self) -> None:
+        """Read the folder again. Raises DataError."""
+        self.album = open_album(self.album.folder, self.album.metadata)
+        self.reading += 1
         self.version = secrets.token_hex(8)
+
+    def update(self, files: Files, pictures: Mapping[str, Picture]) -> dict[str, Picture]:
+        """Know what was written without reading a folder of thousands again; the pictures as they were."""
+        before = {name: self.album.pictures[name] for name in pictures}
+        self.album.files.update({path: data for path, data in files.items() if data is not None})
+        self.album.pictures.update(pictures)
+        self.version = secrets.token_hex(8)
+        return before
 
 
 class Editor:
@@ -96,8 +111,13 @@ class Editor:
             before = {home: opened.album.files.get(home) for home in grouped}
             after = {home: _rewritten(opened.album, home, inside) for home, inside in grouped.items()}
             self._publish(opened, expected=before, new=after)
-            self._remember(opened, Step(_described(action, changes), before, after))
-            self._take_over(opened, after, homes, changes)
+            known = _known(opened.album, homes, changes)
+            # Without words in its place a caption may be found in another one.
+            renewed = opened.album.from_names or not all(changes.values())
+            was = {} if renewed else opened.update(after, known)
+            self._remember(opened, Step(_described(action, changes), before, after, was, opened.reading))
+            if renewed:
+                opened.renew()
             return len(changes)
 
     def undo(self, opened: Opened, version: str) -> str:
@@ -109,7 +129,11 @@ class Editor:
             step = opened.steps[-1]
             self._publish(opened, expected=step.after, new=step.before)
             opened.steps.pop()
-            opened.renew()
+            same = step.reading == opened.reading and step.pictures
+            if same and all(picture.caption for picture in step.pictures.values()):
+                opened.update(step.before, step.pictures)
+            else:
+                opened.renew()
             return step.label
 
     @staticmethod
@@ -139,21 +163,16 @@ class Editor:
         while len(opened.steps) > MAX_STEPS or sum(step.size for step in opened.steps) > MAX_UNDO_BYTES:
             opened.steps.pop(0)
 
-    @staticmethod
-    def _take_over(opened: Opened, written: Files, homes: Mapping[str, Path], changes: Mapping[str, str]) -> None:
-        """Know what was written without reading a folder of thousands again, where that is sure to be the same."""
-        album = opened.album
-        shared = {home: name for name, home in homes.items() if not album.in_table(home)}
-        # Without words in its place a caption may be found in another one.
-        if not all(changes.values()) or album.from_names:
-            opened.renew()
-            return
-        album.files.update(written)
-        for name, picture in album.pictures.items():
-            source = name if name in changes else shared.get(picture.home) if picture.home else None
-            if source is not None:
-                album.pictures[name] = Picture(name, picture.path, changes[source], homes[source])
-        opened.renew(album)
+
+def _known(album: Album, homes: Mapping[str, Path], changes: Mapping[str, str]) -> dict[str, Picture]:
+    """The pictures as they are after `changes`, also those that share a text file with a changed one."""
+    shared = {home: name for name, home in homes.items() if not album.in_table(home)}
+    found = {}
+    for name, picture in album.pictures.items():
+        source = name if name in changes else shared.get(picture.home) if picture.home else None
+        if source is not None:
+            found[name] = Picture(name, picture.path, changes[source], homes[source])
+    return found
 
 
 def _rewritten(album: Album, home: Path, changes: Mapping[str, str]) -> bytes:
