@@ -157,9 +157,11 @@ def _decoded(body: bytes, kind: type) -> object:
 
 def _opened(host: EditorHost, asked: Look, *, fresh: bool = False) -> Opened:
     """Raises UserError, also for a folder that this visitor may not name."""
-    paths = {"train_data_dir": asked.folder.strip()}
-    if asked.metadata.strip():
-        paths["metadata_path"] = asked.metadata.strip()
+    given = {"train_data_dir": asked.folder, "metadata_path": asked.metadata}
+    # "Copy as path" on Windows puts quotes around it.
+    paths = {key: text.strip().strip('"').strip() for key, text in given.items()}
+    if not paths["metadata_path"]:
+        del paths["metadata_path"]
     checked = host.allowed(paths)
     metadata = checked.get("metadata_path")
     return host.editor.open(Path(checked["train_data_dir"]), Path(metadata) if metadata else None, fresh=fresh)

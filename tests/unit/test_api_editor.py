@@ -80,7 +80,7 @@ def test_a_page_at_a_time(client, folder: Path) -> None:
 
 
 def test_edits_and_undo(client, folder: Path) -> None:
-    look = {"folder": f" {folder} ", "words": "00"}
+    look = {"folder": f' "{folder}" ', "words": "00"}
     seen = post(client, "look", look)
     edit = {"look": look, "version": seen["version"], "action": {"kind": "add", "tags": "new"}}
     after = post(client, "edit", {**edit, "names": ["001.png", "062.png"]})
