@@ -38,6 +38,11 @@ WORLD = "emoji-world"
 TINY = {"width": 128, "height": 128, "steps": 4, "cfg_scale": 4, "seed": 7, "sampler_name": "DPM++ 2M"}
 
 
+def python() -> str:
+    """The WebUI's own."""
+    return os.environ.get("WEBUI_PYTHON", str(Path(os.environ["WEBUI_DIR"]) / "venv" / "bin" / "python"))
+
+
 class Refused(Exception):
     """An HTTP error: (status, body)."""
 
@@ -56,12 +61,10 @@ class WebUI:
 
     def start(self) -> WebUI:
         self._furnish()
-        folder = Path(os.environ["WEBUI_DIR"])
-        python = os.environ.get("WEBUI_PYTHON", str(folder / "venv" / "bin" / "python"))
         log = (self.data / "webui.log").open("ab")
         self.process = subprocess.Popen(
-            [python, "launch.py", "--data-dir", str(self.data), "--port", str(self.port), *FLAGS, *self.arguments],
-            cwd=folder,
+            [python(), "launch.py", "--data-dir", str(self.data), "--port", str(self.port), *FLAGS, *self.arguments],
+            cwd=os.environ["WEBUI_DIR"],
             env=os.environ | ENVIRONMENT,
             stdout=log,
             stderr=subprocess.STDOUT,

@@ -1,4 +1,4 @@
-"""In a real WebUI and a real browser: drop pictures, check them, write captions, undo, train, without leaving the tab.
+"""In a real WebUI and a real browser: drop pictures, check, caption, edit and train, without leaving the tab.
 
 Runs where also selenium, Chromium and its driver are installed.
 """
@@ -6,16 +6,17 @@ Runs where also selenium, Chromium and its driver are installed.
 from __future__ import annotations
 
 import shutil
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.webui.server import DEMO
+from tests.captioners import KINDS, drawing, sentence
+from tests.webui.server import DEMO, ROOT, python
 
 EDITOR = "#lora_trainer_editor"
-PICTURES = 8
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +52,10 @@ class Page:
 
     def text(self, selector: str) -> str:
         return self.one(selector).text
+
+    def findings(self) -> str:
+        """What the doctor says, the folded parts too."""
+        return self.one("#lora_trainer_findings").get_attribute("textContent")
 
     def value(self, id: str) -> str:
         return self.one(f"#{id} textarea, #{id} input").get_attribute("value")
@@ -99,43 +104,40 @@ def page(browser, webui) -> Page:
     return opened
 
 
-def test_from_dropped_pictures_to_a_lora_in_one_tab(page: Page, webui) -> None:
-    dropped = sorted(DEMO.glob("twemoji/*.png"))[:PICTURES]
+@pytest.fixture(scope="module")
+def captioner(launch, tmp_path_factory) -> Path:
+    """A small BLIP that knows the drawings, made by the WebUI's own transformers."""
+    folder = tmp_path_factory.mktemp("blip")
+    script = f"from pathlib import Path; from tests.captioners import train_blip; train_blip(Path({str(folder)!r}))"
+    subprocess.run([python(), "-c", script], cwd=ROOT, check=True, capture_output=True)
+    return folder
+
+
+def test_from_dropped_pictures_to_a_lora_in_one_tab(page: Page, webui, captioner: Path, tmp_path: Path) -> None:
+    dropped = [tmp_path / f"IMG_{number:04}.png" for number in range(len(KINDS))]
+    for number, (path, kind) in enumerate(zip(dropped, KINDS, strict=True)):
+        drawing(*kind, seed=1000 + number, size=128).save(path)
     page.one("#lora_trainer_drop input[type=file]").send_keys("\n".join(map(str, dropped)))
     folder = Path(page.until(lambda: page.value("lora_trainer_train_data_dir"), "the upload"))
     page.fill("lora_trainer_resolution", "128")
     page.click("#lora_trainer_check")
-    page.until(lambda: "file names" in page.text("#lora_trainer_findings"), "what the doctor says of the captions")
+    page.until(lambda: "no captions were found" in page.findings(), "what the doctor says")
+
+    page.click("#lora_trainer_captioning .label-wrap")
+    page.click("#lora_trainer_captioner input")
+    page.click("#lora_trainer_captioner li", "A captioner or tagger in a folder")
+    page.until(lambda: page.one("#lora_trainer_captioner_folder").is_displayed(), "where the captioner is asked for")
+    page.fill("lora_trainer_captioner_folder", str(captioner))
+    page.click("#lora_trainer_caption_begin")
+    page.until(lambda: page.all("#lora_trainer_captions .lt-done"), "the captions", timeout=120)
 
     page.click("#lora_trainer_edit")
-    page.until(lambda: len(page.all(f"{EDITOR} .lt-cell img[src]")) == PICTURES, "the pictures")
-    # By the keyboard: the first caption, the next one, a tag for two selected ones, then back.
-    page.press(page.keys.ENTER, "twemoji emoji of <b>a ticket</b>")
-    page.press(page.keys.ENTER, control=True)
-    page.until(lambda: dropped[1].name in page.text(f"{EDITOR} .lt-name"), "the next picture")
-    page.press("twemoji emoji of a lock")
-    page.press(page.keys.ENTER, control=True)
-    page.until(lambda: f"Without caption ({PICTURES - 2})" in page.text(f"{EDITOR} header"), "two captions")
-    page.press(page.keys.ESCAPE)
-    page.press(page.keys.ARROW_RIGHT, " ", page.keys.ARROW_RIGHT, " ")
-    page.until(lambda: "In 2 selected pictures" in page.text(f"{EDITOR} aside"), "two selected")
-    page.one(f"{EDITOR} input[placeholder='tag, or several']").send_keys("twemoji emoji")
-    page.click(f"{EDITOR} aside button", "Add")
-    captions = [picture.with_suffix(".txt").name for picture in dropped]
-    page.until(lambda: (folder / captions[4]).exists(), "a tag for the selected ones")
-    page.click(f"{EDITOR} aside button", "select none")
-    page.click(f"{EDITOR} aside button", "Add")
-    page.until(lambda: "Without caption (0)" in page.text(f"{EDITOR} header"), "a tag for all")
-    assert (folder / captions[0]).read_text() == "twemoji emoji of <b>a ticket</b>, twemoji emoji\n"
-    page.click(f"{EDITOR} header button", "Undo")
-    page.until(lambda: f"Without caption ({PICTURES - 4})" in page.text(f"{EDITOR} header"), "undone")
-    assert (folder / captions[0]).read_text() == "twemoji emoji of <b>a ticket</b>\n"
-    assert not (folder / captions[5]).exists()
-    page.click(f"{EDITOR} aside button", "Add")
-    page.until(lambda: "Without caption (0)" in page.text(f"{EDITOR} header"), "again")
-    assert "<b>a ticket</b>" in page.text(f"{EDITOR} .lt-cell")
-    page.click(f"{EDITOR} header button", "Close")
-    page.until(lambda: not page.all(EDITOR), "closed")
+    page.until(lambda: len(page.all(f"{EDITOR} .lt-cell img[src]")) == len(KINDS), "the pictures")
+    shown = [cell.text for cell in page.all(f"{EDITOR} .lt-words")]
+    assert sum(words == sentence(*kind) for words, kind in zip(shown, KINDS, strict=True)) >= len(KINDS) - 2, shown
+    edit(page, folder, [path.with_suffix(".txt").name for path in dropped])
+    page.click("#lora_trainer_check")
+    page.until(lambda: "no captions were found" not in page.findings(), "another finding")
 
     page.fill("lora_trainer_output_name", "from-the-tab")
     page.fill("lora_trainer_epochs", "1")
@@ -144,6 +146,40 @@ def test_from_dropped_pictures_to_a_lora_in_one_tab(page: Page, webui) -> None:
     assert (webui.data / "models" / "Lora" / "from-the-tab.safetensors").is_file()
     ours = [entry["message"] for entry in page.browser.get_log("browser") if "lora" in entry["message"].lower()]
     assert ours == []
+
+
+def edit(page: Page, folder: Path, files: list[str]) -> None:
+    """By the keyboard: two captions anew, a tag for two selected ones; then for all, taken back, and again."""
+
+    def caption(number: int) -> str:
+        return (folder / files[number]).read_text().strip()
+
+    first, third = caption(0), caption(2)
+    page.press(page.keys.ENTER, ", <b>shiny</b>")
+    page.press(page.keys.ENTER, control=True)
+    page.until(lambda: files[1][:8] in page.text(f"{EDITOR} .lt-name"), "the next picture")
+    page.press("a", control=True)
+    page.press("a second one")
+    page.press(page.keys.ENTER, control=True)
+    page.until(lambda: caption(1) == "a second one", "the second caption")
+    assert caption(0) == f"{first}, <b>shiny</b>"
+    assert page.text(f"{EDITOR} .lt-words") == f"{first}, <b>shiny</b>"
+    page.press(page.keys.ESCAPE)
+    page.press(" ", page.keys.ARROW_RIGHT, " ")
+    page.until(lambda: "In 2 selected pictures" in page.text(f"{EDITOR} aside"), "two selected")
+    page.one(f"{EDITOR} input[placeholder='tag, or several']").send_keys("painted")
+    page.click(f"{EDITOR} aside button", "Add")
+    page.until(lambda: caption(2) == f"{third}, painted", "a tag for the selected ones")
+    assert [number for number in range(len(files)) if caption(number).endswith(", painted")] == [2, 3]
+    page.click(f"{EDITOR} aside button", "select none")
+    page.click(f"{EDITOR} aside button", "In front")
+    page.until(lambda: caption(1) == "painted, a second one", "a tag for all")
+    page.click(f"{EDITOR} header button", "Undo")
+    page.until(lambda: caption(1) == "a second one", "undone")
+    page.click(f"{EDITOR} aside button", "In front")
+    page.until(lambda: caption(1) == "painted, a second one", "done again")
+    page.click(f"{EDITOR} header button", "Close")
+    page.until(lambda: not page.all(EDITOR), "closed")
 
 
 def test_what_another_program_writes_is_shown_and_kept(page: Page, webui, tmp_path: Path) -> None:
