@@ -9,8 +9,8 @@
     const WORDS = {
         keys: "Arrows move · Space selects · Enter edits · Ctrl+Enter saves, next · " +
             "Ctrl+A all · Ctrl+Z undo · / search",
-        names: "No captions yet: training would use the file names. A caption written here goes into a .txt file " +
-            "beside its picture, and from then on every picture needs one.",
+        names: "No captions yet: training would use the names of files and folders. Once one picture has a caption " +
+            "of its own, all should have one.",
     };
 
     let page = null; // the elements, while the editor is open

@@ -107,7 +107,7 @@ def open_album(folder: Path, metadata: Path | None) -> Album:
         raise DataError(problems[0] if problems else f"{folder}: expected pictures, found none")
     if len(contents.images) > MAX_PICTURES:
         raise DataError(f"{folder}: expected at most {MAX_PICTURES:,} pictures, found {len(contents.images):,}")
-    tables = _tables(folder, {image.parent for image in contents.images})
+    tables = _tables((folder, *contents.layout.roots), {image.parent for image in contents.images})
     album = Album(folder, metadata, {}, {}, tables, tuple(problems), bool(contents.captions) and not contents.homes)
     reading = _Reading(album)
     for table in (metadata, *tables.values()):
@@ -120,11 +120,12 @@ def open_album(folder: Path, metadata: Path | None) -> Album:
     return album
 
 
-def _tables(folder: Path, places: Iterable[Path]) -> dict[Path, Path]:
-    """The metadata file for new rows about pictures in each of `places`: the folder's own, else that beside them."""
+def _tables(roots: Sequence[Path], places: Iterable[Path]) -> dict[Path, Path]:
+    """The metadata file for new rows about pictures in each of `places`: that of the first root, else nearer ones."""
     found = {}
     for place in places:
-        names = [where / name for where in (folder, place) for name in METADATA_NAMES]
+        above = [root for root in roots if place.is_relative_to(root)]
+        names = [where / name for where in (*above, place) for name in METADATA_NAMES]
         table = next((name for name in names if name.is_file()), None)
         if table is not None:
             found[place] = table

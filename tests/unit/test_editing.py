@@ -207,6 +207,17 @@ def test_pictures_in_sub_folders(editor: Editor, folder: Path) -> None:
     assert (folder / "10_cat" / "metadata.csv").read_text() == 'file_name,text\ne.png,"cat, x"\n'
 
 
+def test_a_split_of_a_data_set(editor: Editor, tmp_path: Path) -> None:
+    place = tmp_path / "set" / "train" / "cats"
+    place.mkdir(parents=True)
+    Image.new("RGB", (9, 9)).save(place / "a.png")
+    table = tmp_path / "set" / "train" / "metadata.csv"
+    table.write_text("file_name,text\ncats/b.png,a cat\n")
+    assert act(editor, tmp_path / "set", Write("a dog"), "train/cats/a.png") == 1
+    assert table.read_text() == "file_name,text\ncats/b.png,a cat\ncats/a.png,a dog\n"
+    assert captions(editor, tmp_path / "set") == {"train/cats/a.png": "a dog"}
+
+
 # Undo, and others who write
 
 
