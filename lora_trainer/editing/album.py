@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from lora_trainer.dataset.captions import Row, clean, parse_metadata, posix
+from lora_trainer.dataset.captions import MAX_FILE_BYTES, Row, clean, parse_metadata, posix
 from lora_trainer.dataset.encodings import decode
 from lora_trainer.dataset.items import METADATA_NAMES, SIDECARS, read_folder
 from lora_trainer.editing.spans import tidy
@@ -111,7 +111,8 @@ def open_album(folder: Path, metadata: Path | None) -> Album:
     album = Album(folder, metadata, {}, {}, tables, tuple(problems), bool(contents.captions) and not contents.homes)
     reading = _Reading(album)
     for table in (metadata, *tables.values()):
-        if table is not None:
+        # A larger one is among the problems already.
+        if table is not None and table.is_file() and table.stat().st_size <= MAX_FILE_BYTES:
             reading.bytes_of(table)
     for image in contents.images:
         name = image.relative_to(folder).as_posix()

@@ -181,7 +181,7 @@ def _rewritten(album: Album, home: Path, changes: Mapping[str, str]) -> bytes:
     if not album.in_table(home):
         return rewriting.sidecar(home, before, next(iter(changes.values())))
     if before is None:
-        raise _changed(home)
+        raise DataError(f"{home}: expected a caption file that can be read; mend it first")
     rows = by_name(parse_metadata(home, decode(home, before)[0], [], lambda *_: None))
     keys = {name: album.row_name(home, album.pictures[name]) for name in changes}
     changed = {rows[key].number: changes[name] for name, key in keys.items() if key in rows}

@@ -192,6 +192,16 @@ def test_a_table_with_no_row_of_the_pictures_takes_one(editor: Editor, folder: P
     assert captions(editor, folder)["a.png"] == "a cat"
 
 
+def test_a_table_that_is_no_caption_file_is_left_alone(editor: Editor, folder: Path, tmp_path: Path) -> None:
+    (folder / "metadata.csv").write_bytes(b"a.png,cat\n" * 4_000_000)
+    assert "at most" in editor.open(folder, None).album.notes[0]
+    with pytest.raises(DataError, match=r"metadata\.csv: expected a caption file that can be read"):
+        act(editor, folder, Write("x"), "b.png")
+    with pytest.raises(DataError, match=r"missing\.csv: expected a caption file that can be read"):
+        act(editor, folder, Write("x"), "b.png", metadata=tmp_path / "missing.csv")
+    assert not (folder / "b.txt").exists()
+
+
 def test_a_caption_file_named_elsewhere(editor: Editor, folder: Path, tmp_path: Path) -> None:
     other = tmp_path / "words.csv"
     other.write_text("a.png,cat\n")
