@@ -5,36 +5,84 @@ from __future__ import annotations
 import errno
 import os
 import secrets
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lora_trainer.errors import OutputError
 
 # What a killed process leaves of a file: .NAME.0123456789abcdef.tmp beside NAME.
 _SUFFIX = ".tmp"
+_AT_ONCE = 32
 
 
-def publish(data: bytes | Iterable[bytes | memoryview], target: Path) -> None:
+def publish(data: bytes | Iterable[bytes | memoryview], target: Path, *, durable: bool = True) -> None:
     """Put `data`, whole or in parts, under `target`: a temporary file in the same folder, flushed, then moved there.
+    What is not `durable` is not flushed: after a power cut it may be lost or damaged.
 
     Raises OutputError; `target` is then as it was and no temporary file is left, nor one of a process that was killed.
     """
     sweep(target)
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}{_SUFFIX}")
+    temporary = _aside(target)
     try:
         make_folder(target.parent)
         with temporary.open("xb") as file:
             for part in (data,) if isinstance(data, bytes) else data:
                 _write(file, part)
-            _flush(file)
+            if durable:
+                _flush(file)
         _rename(temporary, target)
     except OSError as error:
         raise not_written(target, error) from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-    _flush_folder(target.parent)
+    if durable:
+        _flush_folder(target.parent)
+
+
+def publish_all(files: Mapping[Path, bytes | None]) -> None:
+    """Put each file's bytes under its name, or remove it for None: every one is whole, before or after.
+
+    All new bytes are on disk before the first name changes. Raises OutputError; what was moved by then stays moved.
+    """
+    folders = {target.parent for target in files}
+    for folder in folders:
+        sweep_folder(folder)
+    asides = {target: _aside(target) for target, data in files.items() if data is not None}
+
+    def put_aside(target: Path) -> None:
+        with _told(target), asides[target].open("xb") as file:
+            _write(file, files[target])
+            _flush(file)
+
+    def move(target: Path) -> None:
+        with _told(target):
+            _rename(asides[target], target) if target in asides else _unlink(target)
+
+    try:
+        # A disk does many at once nearly as fast as one.
+        with ThreadPoolExecutor(_AT_ONCE) as threads:
+            list(threads.map(put_aside, asides))
+            list(threads.map(move, files))
+    finally:
+        for aside in asides.values():
+            remove(aside)
+    for folder in folders:
+        _flush_folder(folder)
+
+
+@contextmanager
+def _told(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise not_written(target, error) from error
+
+
+def _aside(target: Path) -> Path:
+    return target.with_name(f".{target.name}.{secrets.token_hex(8)}{_SUFFIX}")
 
 
 def make_folder(folder: Path) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from lora_trainer.editing.editor import Editor
+    from lora_trainer.editing.thumbnails import Thumbnails
     from lora_trainer.jobs.service import JobService
     from lora_trainer.jobs.view import JobView
 
@@ -26,4 +28,23 @@ class ApiHost(Protocol):
 
     def submit(self, settings: Mapping[str, object]) -> JobView:
         """Complete `settings` with what the host knows, check them and queue the job. Raises UserError."""
+        ...
+
+
+class EditorHost(Protocol):
+    """What the caption editor needs."""
+
+    @property
+    def editor(self) -> Editor: ...
+
+    @property
+    def thumbnails(self) -> Thumbnails: ...
+
+    @property
+    def editor_pass(self) -> str:
+        """What the tab's page knows and others cannot guess."""
+        ...
+
+    def allowed(self, settings: Mapping[str, object]) -> dict[str, object]:
+        """`settings` with each path in it checked and resolved. Raises UserError."""
         ...

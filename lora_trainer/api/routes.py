@@ -107,7 +107,7 @@ def _endpoint(host: ApiHost, handler: Handler) -> Callable:
         refused = refusal(host, request.method, request.headers)
         if refused:
             return refused
-        body = await _read(request.stream())
+        body = await read_body(request.stream())
         if body is None:
             return problem(413, f"expected a body of at most {MAX_BODY} bytes")
         return await run_in_threadpool(_serve, handler, Call(host, request.path_params.get("id", ""), body))
@@ -120,7 +120,7 @@ def _endpoint(host: ApiHost, handler: Handler) -> Callable:
     return endpoint
 
 
-async def _read(stream: AsyncIterator[bytes]) -> bytes | None:
+async def read_body(stream: AsyncIterator[bytes]) -> bytes | None:
     """The whole body, or None when it is too long; the rest is then not even read."""
     body = bytearray()
     async for chunk in stream:
@@ -131,8 +131,13 @@ async def _read(stream: AsyncIterator[bytes]) -> bytes | None:
 
 
 def _serve(handler: Handler, call: Call) -> Answer:
+    return served(lambda: handler(call))
+
+
+def served(work: Callable[[], Answer]) -> Answer:
+    """The answer of `work`, or what went wrong; a defect's own words stay in the console."""
     try:
-        return handler(call)
+        return work()
     except ConfigError as error:
         return problem(400, *error.problems)
     except UserError as error:

@@ -48,9 +48,13 @@ def read_metadata(path: Path, complain: Complain = stop) -> tuple[list[Row], lis
     complains of rows."""
     text, encoding = read_text(path)
     notes = [] if encoding == "UTF-8" else [f"{path.name}: read as {encoding}"]
+    return parse_metadata(path, text, notes, complain), notes
+
+
+def parse_metadata(path: Path, text: str, notes: list[str], complain: Complain = stop) -> list[Row]:
+    """The rows in the `text` of the file `path`, as `read_metadata`; what should be said is added to `notes`."""
     _refuse_large(path, text)
-    is_json = path.suffix.lower() in (".jsonl", ".json", ".ndjson")
-    written = _jsonl(path, text) if is_json else _csv(path, text, notes)
+    written = _jsonl(path, text) if is_json(path) else _csv(path, text, notes)
     if not written:
         raise DataError(f"{path}: expected rows of a file name and a caption, found none")
     rows, seen = [], {}
@@ -62,7 +66,12 @@ def read_metadata(path: Path, complain: Complain = stop) -> tuple[list[Row], lis
             complain(path, problem)
         else:
             rows.append(row)
-    return rows, notes
+    return rows
+
+
+def is_json(metadata: Path) -> bool:
+    """Whether a metadata file has a JSON object a line, and not a table."""
+    return metadata.suffix.lower() in (".jsonl", ".json", ".ndjson")
 
 
 def _refuse_row(path: Path, row: Row, seen: dict[str, int]) -> None:
@@ -119,7 +128,7 @@ def posix(file: str) -> str:
 
 def _csv(path: Path, text: str, notes: list[str]) -> list[Callable[[], Row]]:
     """A reader for each row."""
-    delimiter = _delimiter(text)
+    delimiter = delimiter_of(text)
     lines = _parse(path, text, delimiter)
     names = [cell.strip().lower() for cell in lines[0][1]] if lines else []
     file_at = next((names.index(name) for name in FILE_COLUMNS if name in names), None)
@@ -172,7 +181,7 @@ def _plain_row(path: Path, number: int, cells: list[str], delimiter: str) -> Row
     return Row(number, cells[0].strip(), clean(caption.rstrip(f"{delimiter} ")))
 
 
-def _delimiter(text: str) -> str:
+def delimiter_of(text: str) -> str:
     """What ends the first cell: comma, semicolon or tab."""
     first = text.lstrip().split("\n", 1)[0]
     outside_quotes = "".join(first.split('"')[::2])

@@ -6,7 +6,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lora_trainer.config.schema import Concept
@@ -61,7 +61,8 @@ class Item:
 class Contents:
     """What a folder holds, as training reads it. `empty` are pictures with a caption file or row that has no words,
     `deeper` are folders further down, which are not read, and `unnamed` files whose names are no text. `layout` tells
-    which concept a picture belongs to, `weights` are those of rows."""
+    which concept a picture belongs to, `weights` are those of rows, and `homes` which file holds its caption, be it
+    empty."""
 
     images: tuple[Path, ...]
     captions: Captions
@@ -72,6 +73,7 @@ class Contents:
     notes: tuple[str, ...]
     layout: Layout
     weights: Mapping[Path, float]
+    homes: Mapping[Path, Path] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -142,17 +144,8 @@ def read_folder(
         reading.add_names()
     others = [file for file in files if file.suffix.lower() not in IMAGE_SUFFIXES]
     empty, notes = frozenset(reading.empty), tuple(reading.notes)
-    return Contents(
-        tuple(images),
-        reading.captions,
-        empty,
-        tuple(others),
-        tuple(deeper),
-        tuple(unnamed),
-        notes,
-        plan,
-        reading.weights,
-    )
+    rest = (tuple(others), tuple(deeper), tuple(unnamed), notes, plan, reading.weights, reading.homes)
+    return Contents(tuple(images), reading.captions, empty, *rest)
 
 
 def nameless(text: str) -> bool:
@@ -176,6 +169,7 @@ class _Reading:
         self.captions: Captions = {}
         self.empty: set[Path] = set()
         self.weights: dict[Path, float] = {}
+        self.homes: dict[Path, Path] = {}
         self.notes: list[str] = list(plan.notes)
 
     def add_metadata(self, metadata: Path | None) -> None:
@@ -214,8 +208,10 @@ class _Reading:
                 missing.append(f"line {row.number}: {row.file}")
             elif row.caption:
                 self.captions[image] = (row.caption, metadata.name)
+                self.homes[image] = metadata
             else:
                 self.empty.add(image)
+                self.homes.setdefault(image, metadata)
             if image is not None:
                 self.weights[image] = row.weight
         if missing:
@@ -240,8 +236,10 @@ class _Reading:
                     self.notes.append(f"{place.name}: read as {encoding}")
                 if text.strip():
                     self.captions[image] = (tidy(text), place.suffix)
+                    self.homes[image] = place
                 else:
                     self.empty.add(image)
+                    self.homes.setdefault(image, place)
 
     def add_words(self) -> None:
         """What concepts say of pictures that have no caption of their own."""

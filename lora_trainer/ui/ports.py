@@ -49,6 +49,11 @@ class TabHost(Protocol):
     @property
     def captioning(self) -> CaptionHost: ...
 
+    @property
+    def editor_pass(self) -> str:
+        """What the page shows to the caption editor's routes."""
+        ...
+
     def checkpoint(self) -> Checkpoint | None:
         """Of the model now loaded; never loads one."""
         ...

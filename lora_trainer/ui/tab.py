@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lora_trainer.config.options import options
 from lora_trainer.ui import captioning, controls, doctor, fields, live
 from lora_trainer.ui.handlers import Handlers
+from lora_trainer.ui.words import safe
 
 if TYPE_CHECKING:
     import gradio as gr
@@ -77,7 +78,12 @@ def _pictures(handlers: Handlers) -> tuple[dict[str, Component], gr.Button, gr.H
             elem_id="lora_trainer_upload",
         )
         received = gr.HTML("", elem_id="lora_trainer_received")
-    check = gr.Button("Check the pictures", elem_id="lora_trainer_check")
+    with gr.Row(elem_classes=["lt-buttons"]):
+        check = gr.Button("Check the pictures", elem_id="lora_trainer_check", min_width=140)
+        # Its click is the page's own: javascript/lora_trainer_editor.js opens the editor over the tab.
+        gr.Button("Edit the captions", elem_id="lora_trainer_edit", min_width=140)
+    known = f'<span data-pass="{safe(handlers.host.editor_pass)}"></span>'
+    gr.HTML(known, elem_id="lora_trainer_pass", elem_classes=["lt-hidden"])
     findings = gr.HTML(live.note(doctor.HELP), elem_id="lora_trainer_findings")
     upload.upload(handlers.receive, inputs=[upload], outputs=[folder, received], api_name=False)
     words = controls.make(options()["trigger_words"])

@@ -23,6 +23,7 @@ class Host:
 
     credentials: Mapping[str, str] = {USER: PASSWORD}
     non_local = True
+    editor_pass = "open"
 
     def __init__(self, work=None) -> None:
         shutil.rmtree(JOBS, ignore_errors=True)

@@ -16,7 +16,7 @@ import pytest
 
 from lora_trainer.api import mount
 from lora_trainer.api.access import refusal
-from lora_trainer.api.routes import MAX_BODY, PREFIX, ROUTES, Call, _read, submit
+from lora_trainer.api.routes import MAX_BODY, PREFIX, ROUTES, Call, read_body, submit
 from lora_trainer.config.build import build
 from lora_trainer.config.options import options
 from lora_trainer.config.schema import GROUPS
@@ -301,7 +301,7 @@ def test_reading_ends_where_a_body_is_too_long() -> None:
             sent.append(1)
             yield bytes(MAX_BODY // 2)
 
-    assert asyncio.run(_read(stream())) is None
+    assert asyncio.run(read_body(stream())) is None
     assert len(sent) == 3
 
 

@@ -110,6 +110,7 @@ class FakeHost:
     bound: list[tuple[object, object]] = field(default_factory=list)
     checked: list[dict[str, object]] = field(default_factory=list)
     report: Report | None = None
+    editor_pass: str = "open <sesame>"
 
     def checkpoint(self) -> Checkpoint | None:
         self.asked += 1
@@ -613,6 +614,25 @@ def test_the_page_and_its_script_agree_on_ids():
         marks
         == set(re.findall(r"data-lora-trainer-\w+", script))
         == {"data-lora-trainer-stop", "data-lora-trainer-show"}
+    )
+
+
+def test_the_editor_finds_its_button_its_folder_and_its_pass():
+    pytest.importorskip("gradio")
+    from lora_trainer.ui.tab import build
+
+    made = {block.elem_id: block for block in build(FakeHost()).blocks.values() if getattr(block, "elem_id", None)}
+    root = Path(__file__).parents[2]
+    script = "".join(path.read_text(encoding="utf-8") for path in (root / "javascript").glob("lora_trainer_editor*.js"))
+    wanted = set(re.findall(r"lora_trainer_\w+", script)) - {"lora_trainer_editor"}
+    assert wanted == {f"lora_trainer_{name}" for name in ("edit", "pass", "train_data_dir", "metadata_path")}
+    assert wanted <= set(made)
+    assert made["lora_trainer_pass"].value == '<span data-pass="open &lt;sesame&gt;"></span>'
+    assert "innerHTML" not in script
+    style = (root / "style.css").read_text(encoding="utf-8")
+    # What has a look of its own is named alike in both.
+    assert set(re.findall(r"\.(lt-[\w-]+)", style.split("/* The caption editor")[1])) <= set(
+        re.findall(r"lt-[\w-]+", script)
     )
 
 

@@ -91,3 +91,23 @@ def test_saved_steps_are_compared_where_prompts_can_name_them(extension, fake_we
         assert networks.available_network_aliases[file.stem].filename == str(file)
     files[1].unlink()
     assert extension.grid(job) is None
+
+
+def test_the_editor_is_there_without_the_api_and_for_its_own_page_only(extension, fake_webui, pictures):
+    fastapi = pytest.importorskip("fastapi")
+    pytest.importorskip("httpx")
+    from fastapi.testclient import TestClient
+
+    app = fastapi.FastAPI()
+    fake_webui("shared").cmd_opts.api = False
+    fake_webui.host("extension").started(None, app)
+    client = TestClient(app)
+    asked = f'{{"folder": {str(pictures)!r}}}'.replace("'", '"')
+    known = {"x-lora-trainer-pass": fake_webui.host("extension").extension().editor_pass}
+    assert client.post("/lora-trainer/editor/look", content=asked).status_code == 403
+    assert client.post("/lora-trainer/editor/look", content=asked, headers=known).json()["total"] == 6
+    assert client.get("/lora-trainer/v1/jobs").status_code == 404
+    fake_webui("shared").cmd_opts.webui_is_non_local = True
+    refused = client.post("/lora-trainer/editor/look", content=asked, headers=known)
+    assert "allowed folders" in refused.json()["errors"][0]
+    assert extension.editor_pass != known["x-lora-trainer-pass"]

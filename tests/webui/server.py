@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +38,11 @@ WORLD = "emoji-world"
 TINY = {"width": 128, "height": 128, "steps": 4, "cfg_scale": 4, "seed": 7, "sampler_name": "DPM++ 2M"}
 
 
+def python() -> str:
+    """The WebUI's own."""
+    return os.environ.get("WEBUI_PYTHON", str(Path(os.environ["WEBUI_DIR"]) / "venv" / "bin" / "python"))
+
+
 class Refused(Exception):
     """An HTTP error: (status, body)."""
 
@@ -55,12 +61,10 @@ class WebUI:
 
     def start(self) -> WebUI:
         self._furnish()
-        folder = Path(os.environ["WEBUI_DIR"])
-        python = os.environ.get("WEBUI_PYTHON", str(folder / "venv" / "bin" / "python"))
         log = (self.data / "webui.log").open("ab")
         self.process = subprocess.Popen(
-            [python, "launch.py", "--data-dir", str(self.data), "--port", str(self.port), *FLAGS, *self.arguments],
-            cwd=folder,
+            [python(), "launch.py", "--data-dir", str(self.data), "--port", str(self.port), *FLAGS, *self.arguments],
+            cwd=os.environ["WEBUI_DIR"],
             env=os.environ | ENVIRONMENT,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -96,6 +100,19 @@ class WebUI:
 
     def post(self, path: str, body: object = None) -> Any:
         return self._call(path, body or {})
+
+    def page(self, path: str, login: tuple[str, str] | None = None) -> str:
+        """What a browser gets at `path`, be it a refusal, logged in to gradio or not."""
+        opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
+        home = f"http://127.0.0.1:{self.port}"
+        if login:
+            form = urllib.parse.urlencode({"username": login[0], "password": login[1]}).encode()
+            opener.open(f"{home}/login", form).close()
+        try:
+            with opener.open(home + path) as answer:
+                return answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.read().decode()
 
     def run(self, code: str) -> Any:
         """`result` of a snippet run inside the server's process."""

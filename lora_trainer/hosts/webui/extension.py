@@ -13,10 +13,12 @@ from typing import Any
 
 from modules import infotext_utils, paths_internal, script_callbacks, sd_models, shared
 
-from lora_trainer.api import mount
+from lora_trainer.api import mount, mount_editor
 from lora_trainer.config import Config, build, output_name_of, words_of
 from lora_trainer.doctor import Report, examine
 from lora_trainer.doctor.subject import Wanted
+from lora_trainer.editing.editor import Editor
+from lora_trainer.editing.thumbnails import Thumbnails
 from lora_trainer.errors import DataError
 from lora_trainer.events import EventSink, Finished
 from lora_trainer.hosts.ports import Control
@@ -35,12 +37,14 @@ TITLE, ELEMENT = "Train LoRA", "lora_trainer_tab"
 
 
 class Extension:
-    """The TabHost and the ApiHost. One for the process: Reload UI makes a new tab over the same jobs."""
+    """The TabHost, ApiHost and EditorHost. One for the process: Reload UI makes a new tab over the same jobs."""
 
     def __init__(self) -> None:
         self.home = Path(paths_internal.data_path) / "lora_trainer"
         self.jobs = JobService(self.home / "jobs", work)
         self.captioning = Captioning(self._roots)
+        self.editor, self.thumbnails = Editor(), Thumbnails(self.home / "thumbnails")
+        self.editor_pass = secrets.token_urlsafe(32)
         self._checking = Lock()
 
     @property
@@ -89,6 +93,10 @@ class Extension:
             )
         finally:
             self._checking.release()
+
+    def allowed(self, settings: Mapping[str, object]) -> dict[str, Any]:
+        """Raises ConfigError."""
+        return self._roots().settings(settings)
 
     def upload_folder(self) -> Path:
         """Raises DataError."""
@@ -157,6 +165,7 @@ def tab() -> list[tuple[Any, str, str]]:
 
 
 def started(_: Any, app: Any) -> None:
+    mount_editor(app, extension())
     if shared.cmd_opts.api or shared.cmd_opts.nowebui:
         mount(app, extension())
 
