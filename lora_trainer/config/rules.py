@@ -15,6 +15,7 @@ from lora_trainer.errors import shown
 FORBIDDEN = re.compile(r'[:<>,/\\|?*"\x00-\x1f\x7f]')
 RESERVED = {"none", "addams", "con", "prn", "aux", "nul"} | {f"{d}{n}" for d in ("com", "lpt") for n in range(1, 10)}
 MAX_NAME_BYTES = 150
+WEIGHTS = ("min_snr_gamma", "soft_min_snr_gamma", "debiased_estimation_loss", "scale_v_pred_loss_like_noise_pred")
 MAX_TEXT, MAX_ENTRIES, MAX_CONCEPTS = 10_000, 1_000, 100
 
 
@@ -45,11 +46,23 @@ def _captions(config: Config) -> Iterator[str]:
 
 
 def _warmup(config: Config) -> Iterator[str]:
+    if config.lr_warmup_steps and config.lr_warmup_ratio:
+        yield f"lr_warmup_ratio: expected 0 together with lr_warmup_steps, found {config.lr_warmup_ratio:g}"
     if config.max_train_steps is not None and config.lr_warmup_steps >= config.max_train_steps:
         yield (
             f"lr_warmup_steps: expected fewer than max_train_steps ({config.max_train_steps}), "
             f"found {config.lr_warmup_steps}"
         )
+
+
+def _objective(config: Config) -> Iterator[str]:
+    weights = [key for key in WEIGHTS if getattr(config, key)]
+    if len(weights) > 1:
+        yield f"{weights[1]}: expected one way to weigh timesteps, found {' and '.join(weights)}"
+    if config.adaptive_noise_scale and not config.noise_offset:
+        yield "adaptive_noise_scale: expected noise_offset beside it, found 0"
+    if config.min_timestep >= config.max_timestep:
+        yield f"min_timestep: expected less than max_timestep ({config.max_timestep}), found {config.min_timestep}"
 
 
 def _paths(config: Config) -> Iterator[str]:
@@ -98,4 +111,4 @@ def _size(config: Config) -> Iterator[str]:
             yield f"{key}: expected at most {MAX_TEXT:,} characters, found {length:,}"
 
 
-RULES = (_size, _paths, _concepts, _validation, _previews, _text_encoder, _captions, _warmup, _name)
+RULES = (_size, _objective, _paths, _concepts, _validation, _previews, _text_encoder, _captions, _warmup, _name)

@@ -6,19 +6,16 @@ are derived from these fields: type, bounds, default, help and group.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
-from msgspec import Meta
 
-
-def _about(group: str, text: str, **bounds: Any) -> Meta:
-    return Meta(description=text, extra={"group": group}, **bounds)
-
+from lora_trainer.config.declare import about as _about
+from lora_trainer.config.objective import OBJECTIVE, Objective
 
 MODEL, DATA, CAPTIONS, LORA = "Model", "Data", "Captions", "LoRA"
 TRAINING, OUTPUT, PREVIEWS = "Training", "Output", "Validation and previews"
-GROUPS = (MODEL, DATA, CAPTIONS, LORA, TRAINING, OUTPUT, PREVIEWS)
+GROUPS = (MODEL, DATA, CAPTIONS, LORA, TRAINING, OBJECTIVE, OUTPUT, PREVIEWS)
 # Larger numbers before a folder's name are years and the like.
 MAX_REPEATS = 1000
 # The options that name a file or a folder.
@@ -34,7 +31,7 @@ class Concept(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     caption: Annotated[str, _about(DATA, "The caption of pictures that have none.")] = ""
 
 
-class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Config(Objective, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A run's settings. Only `config.build` makes one, since constructing it checks nothing."""
 
     base_model: Annotated[
@@ -186,9 +183,19 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ) = None
     learning_rate: Annotated[float, _about(TRAINING, "Size of a step. 1e-4 when it overfits.", gt=0, le=1)] = 2e-4
     lr_scheduler: Annotated[
-        Literal["constant", "linear", "cosine"], _about(TRAINING, "How the learning rate goes down over the run.")
+        Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial", "rex"],
+        _about(TRAINING, "How the learning rate goes down over the run."),
     ] = "constant"
+    lr_scheduler_num_cycles: Annotated[
+        int, _about(TRAINING, "How often cosine_with_restarts begins at the top.", ge=1, le=1000)
+    ] = 1
+    lr_scheduler_power: Annotated[
+        float, _about(TRAINING, "How steeply polynomial begins; 1 is linear.", gt=0, le=100)
+    ] = 1.0
     lr_warmup_steps: Annotated[int, _about(TRAINING, "Steps over which the learning rate rises from 0.", ge=0)] = 0
+    lr_warmup_ratio: Annotated[
+        float, _about(TRAINING, "The same as a share of the run, instead of lr_warmup_steps.", ge=0, lt=1)
+    ] = 0.0
     optimizer: Annotated[Literal["adamw"], _about(TRAINING, "The update rule.")] = "adamw"
     weight_decay: Annotated[float, _about(TRAINING, "AdamW's pull towards zero.", ge=0, le=1)] = 0.01
     max_grad_norm: Annotated[

@@ -148,6 +148,7 @@ class Output:
             epoch=-(-progress.step // progress.steps_per_epoch),
             trigger_words=trigger_words_of(self.config),
             config_json=to_header(self.config),
+            timesteps=(self.config.min_timestep, self.config.max_timestep),
             settings=kohya_settings(self.config) | {"clip_skip": skip if skip > 1 else None},
         )
         return build_metadata(run, DataFacts(folders, data.buckets, resolution, progress.batches_per_epoch), base)
@@ -206,10 +207,7 @@ def kohya_settings(config: Config) -> dict[str, object]:
         "max_token_length": None,
         "cache_latents": True,
         "lowram": False,
-        "noise_offset": None,
-        "zero_terminal_snr": False,
-        "min_snr_gamma": None,
-        "loss_type": "l2",
+        **objective_settings(config),
         "prior_loss_weight": 1.0,
         "caption_dropout_rate": config.caption_dropout,
         "caption_tag_dropout_rate": config.tag_dropout,
@@ -220,4 +218,22 @@ def kohya_settings(config: Config) -> dict[str, object]:
         "keep_tokens": config.keep_tokens or None,
         "bucket_no_upscale": not config.allow_upscaling,
         "training_comment": config.training_comment,
+    }
+
+
+def objective_settings(config: Config) -> dict[str, object]:
+    """What is minimised, likewise; a weight that is off is None there."""
+    pseudo_huber = config.loss_type in ("huber", "smooth_l1")
+    return {
+        "noise_offset": config.noise_offset or None,
+        "adaptive_noise_scale": config.adaptive_noise_scale or None,
+        "multires_noise_iterations": config.multires_noise_iterations or None,
+        "multires_noise_discount": config.multires_noise_discount,
+        "ip_noise_gamma": config.ip_noise_gamma or None,
+        "zero_terminal_snr": config.zero_terminal_snr,
+        "min_snr_gamma": config.min_snr_gamma or None,
+        "debiased_estimation": config.debiased_estimation_loss,
+        "loss_type": config.loss_type,
+        "huber_schedule": config.huber_schedule if pseudo_huber else None,
+        "huber_c": config.huber_c if pseudo_huber else None,
     }

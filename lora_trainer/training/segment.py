@@ -25,7 +25,7 @@ from lora_trainer.training.clip import StepClip
 from lora_trainer.training.dropout import LoraDropout
 from lora_trainer.training.fused import Fused, fuse, is_linear
 from lora_trainer.training.ladder import ALL, Plan
-from lora_trainer.training.objectives import mse
+from lora_trainer.training.objectives import mse, objective_of, training_noise
 from lora_trainer.training.optimizers import AdamWSettings, FlatAdamW, Optimizer
 from lora_trainer.training.precision import LossScaler, resolve
 from lora_trainer.training.snapshot import Snapshot, restore
@@ -70,6 +70,11 @@ class Segment:
         """Scalars of the frozen networks that the adapters are on."""
         networks = [self.model.unet] + ([self.model.text.module] if "text_encoder" in self.adapters else [])
         return sum(p.numel() for network in networks for p in network.parameters()) - self.trainables.count
+
+    @property
+    def judge(self) -> Network:
+        """What measures the held-out loss: whatever a run minimises, by what can be compared with other runs."""
+        return replace(self.network, noise=self.model.noise, objective=mse)
 
     def live(self) -> dict[str, Tensor]:
         """Everything that training changes, by name: flat buffers as long as the masters, and scalars."""
@@ -125,7 +130,10 @@ def open_segment(
         if checkpointing:
             stack.enter_context(checkpointed(model.unet, every=checkpointing == ALL))
         encode = StepClip(model.text, fused, bool(checkpointing), trained=config.train_text_encoder)
-        network = Network(model.unet, model.noise, mse, precision, dropout, tier.memory_format, encode)
+        noise = training_noise(config, model.noise)
+        network = Network(
+            model.unet, noise, objective_of(config, noise), precision, dropout, tier.memory_format, encode
+        )
         segment = _assemble(config, model, adapters, network, working, tier)
         stack.callback(segment.captures.release)
         if state is not None:
