@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -208,10 +209,10 @@ class Job:
                 scale=alpha_of(config) / config.lora_rank,
             )
         )
-        for notice in segment.tier.notices:
+        for notice in segment.notices:
             self.sink(Notice(text=notice))
         if self.step == 0:
-            self.validation(segment.judge, 0)
+            self.validation(segment, 0)
 
     def _rehearse(self, segment: Segment, feed: Feed, steps: int, lease: GpuLease) -> Outcome:
         """DONE when the steps can begin."""
@@ -236,7 +237,7 @@ class Job:
         )
         # The state comes last: whoever goes on from it need not do again what happened at its step.
         actions = (
-            (config.validate_every, lambda step: self.validation(segment.judge, step)),
+            (config.validate_every, lambda step: self.validation(segment, step)),
             (config.save_steps, lambda step: self._save_between(segment, feed, step)),
             (config.sample_every, lambda step: self._preview(segment, step)),
             (self.keeper.due, lambda step: self._keep(segment, results, step)),
@@ -275,7 +276,7 @@ class Job:
     def _finish(self, segment: Segment, feed: Feed) -> None:
         if self.step == 0:
             return
-        self.validation(segment.judge, self.step)
+        self.validation(segment, self.step)
         self.measured.prepare = self.prepare.seconds
         self.measured.validate = self.validation.seconds / max(1, len(self.items.held_out))
         # First: whoever is killed while it is published need only publish it again.

@@ -174,7 +174,10 @@ class Update:
         self.result = torch.zeros(3, device=loss.device)
 
     def __call__(self) -> None:
-        self.captures.run("update", self._compute)
+        if self.optimizer.capturable:
+            self.captures.run("update", self._compute)
+        else:
+            self._compute()
 
     def _compute(self) -> None:
         grads = self.working.trainables.grads

@@ -18,6 +18,7 @@ HIDDEN = {
     "cpu_threads": "the host's threads",
     "trial": "a button of its own",
     "enable_xformers": "does nothing",
+    "optimizer_class": "names code: only on the command line",
 }
 FIRST = ("output_name", "train_data_dir", "trigger_words")
 MAIN = ("lora_rank", "epochs", "batch_size", "resolution")
@@ -57,6 +58,8 @@ _LABELS = {
     "ip_noise_gamma": "Input perturbation",
     "timestep_sampling": "Timesteps",
     "zero_terminal_snr": "Zero-terminal SNR",
+    "optimizer_args": "Arguments of the optimizer",
+    "ema_decay": "Decay of the average",
     "max_grad_norm": "Longest gradient",
     "output_format": "File format",
     "save_precision": "Precision of the file",

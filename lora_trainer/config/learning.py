@@ -1,4 +1,4 @@
-"""The settings of what is minimised: noise, timesteps and loss. They bear kohya's names where its trainer has them."""
+"""The settings of what is minimised, and by which rule. They bear kohya's names where its trainer has them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,56 @@ import msgspec
 
 from lora_trainer.config.declare import about
 
-OBJECTIVE = "Noise and loss"
+OPTIMIZER, OBJECTIVE = "Optimizer", "Noise and loss"
 
 
-class Objective(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Part of `schema.Config`. The held-out loss is measured without any of them, so that curves can be compared."""
+class Learning(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Part of `schema.Config`. The held-out loss is always the plain one, so that curves can be compared."""
+
+    lr_scheduler: Annotated[
+        Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial", "rex"],
+        about(OPTIMIZER, "How the learning rate goes down over the run."),
+    ] = "constant"
+    lr_scheduler_num_cycles: Annotated[
+        int, about(OPTIMIZER, "How often cosine_with_restarts begins at the top.", ge=1, le=1000)
+    ] = 1
+    lr_scheduler_power: Annotated[
+        float, about(OPTIMIZER, "How steeply polynomial begins; 1 is linear.", gt=0, le=100)
+    ] = 1.0
+    lr_warmup_steps: Annotated[int, about(OPTIMIZER, "Steps over which the learning rate rises from 0.", ge=0)] = 0
+    lr_warmup_ratio: Annotated[
+        float, about(OPTIMIZER, "The same as a share of the run, instead of lr_warmup_steps.", ge=0, lt=1)
+    ] = 0.0
+    optimizer: Annotated[
+        Literal[
+            "adamw",
+            "adamw8bit",
+            "lion",
+            "adafactor",
+            "prodigy",
+            "prodigyplusschedulefree",
+            "adamwschedulefree",
+            "came",
+            "custom",
+        ],
+        about(OPTIMIZER, "The update rule. All but adamw are of other packages; custom: see optimizer_class."),
+    ] = "adamw"
+    optimizer_class: (
+        Annotated[str, about(OPTIMIZER, "For optimizer custom: module.Class. Only on the command line.")] | None
+    ) = None
+    optimizer_args: Annotated[
+        list[str], about(OPTIMIZER, "More arguments of an optimizer of another package: d_coef=2, betas=(0.9, 0.99).")
+    ] = msgspec.field(default_factory=list)
+    weight_decay: Annotated[
+        float, about(OPTIMIZER, "The optimizer's pull towards zero; a custom one has its own.", ge=0, le=1)
+    ] = 0.01
+    ema_decay: Annotated[
+        float,
+        about(OPTIMIZER, "Save the average over steps: 0.99 forgets after about 100; 0: the last step.", ge=0, lt=1),
+    ] = 0.0
+    max_grad_norm: Annotated[
+        float, about(OPTIMIZER, "Longer gradients are shortened to this; 0 switches it off.", ge=0)
+    ] = 1.0
 
     loss_type: Annotated[
         Literal["l2", "l1", "huber", "smooth_l1"],
