@@ -20,11 +20,11 @@ from lora_trainer.models.model import Model
 from lora_trainer.training import resume
 from lora_trainer.training.boundary import Boundaries, Validation
 from lora_trainer.training.data import Items
-from lora_trainer.training.draws import Draws
 from lora_trainer.training.feed import Feed
 from lora_trainer.training.fit import Interrupted, Loop, Outcome, ask, fit
 from lora_trainer.training.forecast import FromFirstSteps
 from lora_trainer.training.keeper import Keeper
+from lora_trainer.training.noising import Noising
 from lora_trainer.training.output import Output, Progress
 from lora_trainer.training.planning import OutOfMemoryError, Planning
 from lora_trainer.training.preparing import Preparing
@@ -144,7 +144,7 @@ class Job:
             self.config.seed,
             model.noise.timesteps,
             self.planning.plan.parts,
-            Draws.of(self.config),
+            Noising.of(self.config),
         )
         steps = self.config.max_train_steps or self.config.epochs * feed.steps_per_epoch
         choose = partial(self.kernels.ops, shapes=feed.shapes)

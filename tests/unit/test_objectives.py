@@ -15,7 +15,7 @@ from lora_trainer.errors import ConfigError
 from lora_trainer.events import StepDone, Validated
 from lora_trainer.models.noise import NoiseSchedule, scaled_linear
 from lora_trainer.training import objectives, randomness
-from lora_trainer.training.draws import Draws, cubic, logit_normal, multires_noise, offset_noise
+from lora_trainer.training.noising import Noising, cubic, logit_normal, multires_noise, offset_noise
 from lora_trainer.training.objectives import objective_of, training_noise
 from lora_trainer.training.output import objective_settings
 from tests.unit.test_run import of, train, weights
@@ -136,7 +136,7 @@ def test_what_needs_v_says_so(key):
     ],
 )
 def test_timesteps_follow_their_law(settings, cumulative):
-    t = Draws.of(config(**settings)).timesteps(0, range(20_000), 1000)
+    t = Noising.of(config(**settings)).timesteps(0, range(20_000), 1000)
     assert t.min() >= settings.get("min_timestep", 0)
     assert t.max() < settings.get("max_timestep", 1000)
     for x in (0.05, 0.25, 0.5, 0.65, 0.9, 0.99):
@@ -148,14 +148,14 @@ def test_laws_are_their_formulas():
         z = NormalDist().inv_cdf(u)
         assert logit_normal(u, 0.3, 1.5) == pytest.approx(torch.tensor(0.3 + 1.5 * z).double().sigmoid().item(), 1e-6)
         assert cubic(u) == 1 - u**3
-    t = Draws(quantile=lambda u: 1.0).timesteps(0, [1], 1000)
+    t = Noising(quantile=lambda u: 1.0).timesteps(0, [1], 1000)
     assert t.tolist() == [999]
 
 
 def test_offset_noise_is_one_number_a_channel():
     latents = torch.randn(2, 4, 8, 8) + torch.tensor([3.0, -2.0, 0.0, 1.0]).view(1, 4, 1, 1)
-    plain = Draws().noise(7, [4, 9], latents)
-    offset = Draws(offset=0.1).noise(7, [4, 9], latents) - plain
+    plain = Noising().noise(7, [4, 9], latents)
+    offset = Noising(offset=0.1).noise(7, [4, 9], latents) - plain
     numbers = randomness.normal(7, "noise offset", [4, 9], (4, 1, 1))
     torch.testing.assert_close(offset, (0.1 * numbers).expand_as(offset))
     adaptive = offset_noise(7, [4, 9], latents, strength=0.1, adaptive=0.5)
@@ -177,25 +177,25 @@ def test_multires_noise_is_kohyas_pyramid():
     assert all(2 < ratio < 4 for ratio in ratios)
     got = multires_noise(3, 5, eps, iterations=6, discount=0.4)
     torch.testing.assert_close(got, expected / expected.std())
-    many = Draws(iterations=6, discount=0.4).noise(3, range(200), torch.zeros(200, 4, 16, 24))
+    many = Noising(iterations=6, discount=0.4).noise(3, range(200), torch.zeros(200, 4, 16, 24))
     assert many.square().mean().item() == pytest.approx(1, abs=0.02)
 
 
 def test_draws_are_of_the_visit_alone():
-    draws = Draws(quantile=cubic, offset=0.1, adaptive=0.2, iterations=4, perturbation=0.1)
+    noising = Noising(quantile=cubic, offset=0.1, adaptive=0.2, iterations=4, perturbation=0.1)
     latents = torch.randn(3, 4, 8, 8)
-    whole = draws.noise(1, [5, 6, 7], latents)
-    alone = draws.noise(1, [6], latents[1:2])
+    whole = noising.noise(1, [5, 6, 7], latents)
+    alone = noising.noise(1, [6], latents[1:2])
     assert torch.equal(whole[1:2], alone)
-    assert torch.equal(draws.input_noise(1, [5, 6, 7], whole)[1:2], draws.input_noise(1, [6], alone))
-    assert draws.timesteps(1, [5, 6, 7], 1000)[1] == draws.timesteps(1, [6], 1000)[0]
+    assert torch.equal(noising.input_noise(1, [5, 6, 7], whole)[1:2], noising.input_noise(1, [6], alone))
+    assert noising.timesteps(1, [5, 6, 7], 1000)[1] == noising.timesteps(1, [6], 1000)[0]
 
 
 def test_input_perturbation_is_shown_and_not_asked_for():
     eps = torch.zeros(64, 4, 8, 8)
-    shown = Draws(perturbation=0.1).input_noise(0, range(64), eps)
+    shown = Noising(perturbation=0.1).input_noise(0, range(64), eps)
     assert shown.std().item() == pytest.approx(0.1, rel=0.03)
-    assert Draws().input_noise(0, [1], eps[:1]) is None
+    assert Noising().input_noise(0, [1], eps[:1]) is None
 
 
 ALL = {
@@ -239,7 +239,7 @@ def test_each_setting_changes_the_loss_or_the_draws(key):
         mine, other = objective_of(plain, EPSILON), objective_of(changed, EPSILON)
         assert mine.loss is not other.loss or mine.weights is not other.weights
     else:
-        assert Draws.of(plain) != Draws.of(changed)
+        assert Noising.of(plain) != Noising.of(changed)
 
 
 @pytest.mark.parametrize("changes", [LOSS, NOISE])

@@ -52,7 +52,7 @@ def multires_noise(seed: int, visit: int, eps: Tensor, *, iterations: int, disco
 
 
 @dataclass(frozen=True)
-class Draws:
+class Noising:
     """Timesteps from `low` to below `high`, by the law of `quantile` (None: uniform); the noise's kinds at strength 0
     are switched off."""
 
@@ -66,7 +66,7 @@ class Draws:
     perturbation: float = 0.0
 
     @classmethod
-    def of(cls, config: Config) -> Draws:
+    def of(cls, config: Config) -> Noising:
         laws: dict[str, Quantile | None] = {
             "uniform": None,
             "logit_normal": partial(logit_normal, mean=config.logit_mean, std=config.logit_std),
@@ -109,4 +109,4 @@ class Draws:
         return eps + self.perturbation * randomness.normal(seed, "input noise", visits, tuple(eps.shape[1:]))
 
 
-PLAIN = Draws()
+PLAIN = Noising()
