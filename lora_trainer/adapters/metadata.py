@@ -51,7 +51,8 @@ class DataFacts:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """The run so far. Times are seconds since 1970; `settings` are kohya's names without `ss_`."""
+    """The run so far. Times are seconds since 1970; `settings` are kohya's names without `ss_`; `timesteps`
+    the first that was trained, and the one before which that ended."""
 
     name: str
     session_id: int
@@ -62,6 +63,7 @@ class RunFacts:
     trigger_words: str
     config_json: str
     settings: Mapping[str, object]
+    timesteps: tuple[int, int] = (0, 1000)
 
 
 def build_metadata(run: RunFacts, data: DataFacts, base: BaseFacts) -> dict[str, str]:
@@ -128,7 +130,7 @@ def _modelspec(run: RunFacts, data: DataFacts, base: BaseFacts) -> dict[str, obj
         "resolution": f"{data.resolution}x{data.resolution}",
         "prediction_type": base.prediction,
         "encoder_layer": "1",
-        "timestep_range": "0,1000",
+        "timestep_range": f"{run.timesteps[0]},{run.timesteps[1]}",
     }
     if run.trigger_words:
         values["trigger_phrase"] = run.trigger_words

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from lora_trainer.config.options import Option, options
-from lora_trainer.config.schema import GROUPS, Config
+from lora_trainer.config.schema import GROUPS, TRUSTED, Config
 
 FILLED_BY_HOST = frozenset({"base_model", "output_dir", "cache_dir"})
 
@@ -23,7 +23,9 @@ def settings_schema() -> dict[str, Any]:
         "title": "Settings of a LoRA Trainer job",
         "type": "object",
         "groups": list(GROUPS),
-        "properties": {key: _property(declared[key], option) for key, option in options().items()},
+        "properties": {
+            key: _property(declared[key], option) for key, option in options().items() if key not in TRUSTED
+        },
         "required": [key for key, option in options().items() if option.required and key not in FILLED_BY_HOST],
         "additionalProperties": False,
     }

@@ -74,8 +74,9 @@ def _prepare(option: Option, value: object) -> object:
     if value is None:
         return None
     if option.kind is Literal:
-        # YAML reads a bare `no` as False.
-        return "no" if value is False and "no" in option.choices else value
+        # YAML reads a bare `no` as False; other trainers write AdamW8bit.
+        word = value.lower() if isinstance(value, str) else "no" if value is False else value
+        return word if word in option.choices else value
     if option.kind is bool:
         return _boolean(value)
     if isinstance(value, bool):

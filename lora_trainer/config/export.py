@@ -11,7 +11,7 @@ import msgspec
 import yaml
 
 from lora_trainer.config.options import Option, options
-from lora_trainer.config.schema import GROUPS, PATHS, Config
+from lora_trainer.config.schema import GROUPS, PATHS, TRUSTED, Config
 
 PRIVATE = ("sample_prompts", "sample_negative_prompt")
 TEXT_ENCODER = ("train_text_encoder", "text_encoder_lr")
@@ -42,8 +42,8 @@ _Dumper.add_representer(str, _text)
 
 def to_header(config: Config) -> str:
     """JSON for the file's header: absolute paths and previews are left out unless `metadata_private`, and the settings
-    of a text encoder that is not trained."""
-    values = msgspec.to_builtins(config)
+    of a text encoder that is not trained, and always what names code."""
+    values = {key: value for key, value in msgspec.to_builtins(config).items() if key not in TRUSTED}
     if not config.train_text_encoder:
         values = {key: value for key, value in values.items() if key not in TEXT_ENCODER}
     if not config.metadata_private:

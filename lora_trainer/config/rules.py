@@ -15,6 +15,10 @@ from lora_trainer.errors import shown
 FORBIDDEN = re.compile(r'[:<>,/\\|?*"\x00-\x1f\x7f]')
 RESERVED = {"none", "addams", "con", "prn", "aux", "nul"} | {f"{d}{n}" for d in ("com", "lpt") for n in range(1, 10)}
 MAX_NAME_BYTES = 150
+WEIGHTS = ("min_snr_gamma", "soft_min_snr_gamma", "debiased_estimation_loss", "scale_v_pred_loss_like_noise_pred")
+ONE_RATE = ("prodigy",)
+SCHEDULE_FREE = ("adamwschedulefree", "prodigyplusschedulefree")
+ARGUMENT = re.compile(r"\s*[A-Za-z_]\w*\s*=\s*\S.*", re.DOTALL)
 MAX_TEXT, MAX_ENTRIES, MAX_CONCEPTS = 10_000, 1_000, 100
 
 
@@ -44,12 +48,43 @@ def _captions(config: Config) -> Iterator[str]:
         yield "keep_tokens: expected shuffle_captions or tag_dropout beside it, found neither"
 
 
+def _optimizer(config: Config) -> Iterator[str]:
+    if config.optimizer == "custom" and not config.optimizer_class:
+        yield "optimizer_class: expected module.Class beside optimizer custom, found none"
+    if config.optimizer_class and config.optimizer != "custom":
+        yield f"optimizer_class: expected optimizer custom beside it, found {config.optimizer}"
+    if config.optimizer_args and config.optimizer == "adamw":
+        yield "optimizer_args: expected an optimizer of another package beside them, found adamw"
+    for text in config.optimizer_args:
+        if not ARGUMENT.fullmatch(text):
+            yield f"optimizer_args: expected name=value, found {shown(text)}"
+    if config.optimizer in ONE_RATE and config.text_encoder_lr not in (None, config.learning_rate):
+        yield (
+            f"text_encoder_lr: expected that of learning_rate, since {config.optimizer} knows one for all, "
+            f"found {config.text_encoder_lr:g}"
+        )
+    if config.optimizer in SCHEDULE_FREE and config.ema_decay:
+        yield f"ema_decay: expected 0, since {config.optimizer} averages by itself, found {config.ema_decay:g}"
+
+
 def _warmup(config: Config) -> Iterator[str]:
+    if config.lr_warmup_steps and config.lr_warmup_ratio:
+        yield f"lr_warmup_ratio: expected 0 together with lr_warmup_steps, found {config.lr_warmup_ratio:g}"
     if config.max_train_steps is not None and config.lr_warmup_steps >= config.max_train_steps:
         yield (
             f"lr_warmup_steps: expected fewer than max_train_steps ({config.max_train_steps}), "
             f"found {config.lr_warmup_steps}"
         )
+
+
+def _objective(config: Config) -> Iterator[str]:
+    weights = [key for key in WEIGHTS if getattr(config, key)]
+    if len(weights) > 1:
+        yield f"{weights[1]}: expected one way to weigh timesteps, found {' and '.join(weights)}"
+    if config.adaptive_noise_scale and not config.noise_offset:
+        yield "adaptive_noise_scale: expected noise_offset beside it, found 0"
+    if config.min_timestep >= config.max_timestep:
+        yield f"min_timestep: expected less than max_timestep ({config.max_timestep}), found {config.min_timestep}"
 
 
 def _paths(config: Config) -> Iterator[str]:
@@ -98,4 +133,16 @@ def _size(config: Config) -> Iterator[str]:
             yield f"{key}: expected at most {MAX_TEXT:,} characters, found {length:,}"
 
 
-RULES = (_size, _paths, _concepts, _validation, _previews, _text_encoder, _captions, _warmup, _name)
+RULES = (
+    _size,
+    _objective,
+    _optimizer,
+    _paths,
+    _concepts,
+    _validation,
+    _previews,
+    _text_encoder,
+    _captions,
+    _warmup,
+    _name,
+)

@@ -6,23 +6,23 @@ are derived from these fields: type, bounds, default, help and group.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
 
-
-def _about(group: str, text: str, **bounds: Any) -> Meta:
-    return Meta(description=text, extra={"group": group}, **bounds)
-
+from lora_trainer.config.declare import about as _about
+from lora_trainer.config.learning import OBJECTIVE, OPTIMIZER, Learning
 
 MODEL, DATA, CAPTIONS, LORA = "Model", "Data", "Captions", "LoRA"
 TRAINING, OUTPUT, PREVIEWS = "Training", "Output", "Validation and previews"
-GROUPS = (MODEL, DATA, CAPTIONS, LORA, TRAINING, OUTPUT, PREVIEWS)
+GROUPS = (MODEL, DATA, CAPTIONS, LORA, TRAINING, OPTIMIZER, OBJECTIVE, OUTPUT, PREVIEWS)
 # Larger numbers before a folder's name are years and the like.
 MAX_REPEATS = 1000
 # The options that name a file or a folder.
 PATHS = ("base_model", "train_data_dir", "metadata_path", "validation_data_dir", "cache_dir", "output_dir")
+# The options that name code to run: neither a visitor of the WebUI nor a file may give them.
+TRUSTED = ("optimizer_class",)
 
 
 class Concept(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -34,7 +34,7 @@ class Concept(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     caption: Annotated[str, _about(DATA, "The caption of pictures that have none.")] = ""
 
 
-class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Config(Learning, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A run's settings. Only `config.build` makes one, since constructing it checks nothing."""
 
     base_model: Annotated[
@@ -185,15 +185,6 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         Annotated[int, _about(TRAINING, "Stop after this many steps, whatever epochs says.", ge=1)] | None
     ) = None
     learning_rate: Annotated[float, _about(TRAINING, "Size of a step. 1e-4 when it overfits.", gt=0, le=1)] = 2e-4
-    lr_scheduler: Annotated[
-        Literal["constant", "linear", "cosine"], _about(TRAINING, "How the learning rate goes down over the run.")
-    ] = "constant"
-    lr_warmup_steps: Annotated[int, _about(TRAINING, "Steps over which the learning rate rises from 0.", ge=0)] = 0
-    optimizer: Annotated[Literal["adamw"], _about(TRAINING, "The update rule.")] = "adamw"
-    weight_decay: Annotated[float, _about(TRAINING, "AdamW's pull towards zero.", ge=0, le=1)] = 0.01
-    max_grad_norm: Annotated[
-        float, _about(TRAINING, "Longer gradients are shortened to this; 0 switches it off.", ge=0)
-    ] = 1.0
     gradient_checkpointing: Annotated[
         bool, _about(TRAINING, "Save memory by computing activations twice; about 20 % slower.")
     ] = False

@@ -9,6 +9,7 @@ from typing import Any
 
 from lora_trainer.config.header import read_json_header
 from lora_trainer.config.options import options
+from lora_trainer.config.schema import TRUSTED
 from lora_trainer.config.yaml_text import YamlProblem, parse_yaml
 from lora_trainer.errors import ConfigError
 
@@ -109,4 +110,5 @@ def _header_config(path: Path) -> Mapping[str, object]:
         settings = None
     if not isinstance(settings, dict):
         raise ConfigError([f"{path}: the settings in its header are damaged"])
-    return settings
+    # Whoever repeats a file's run must say for himself what code it runs.
+    return {key: value for key, value in settings.items() if key not in TRUSTED}

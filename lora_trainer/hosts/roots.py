@@ -14,7 +14,7 @@ import msgspec
 
 from lora_trainer.config.convert import Problem, convert
 from lora_trainer.config.options import options
-from lora_trainer.config.schema import PATHS
+from lora_trainer.config.schema import PATHS, TRUSTED
 from lora_trainer.errors import ConfigError, shown
 
 # A checkpoint is chosen by its name.
@@ -60,8 +60,10 @@ class Roots:
         return path
 
     def settings(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """`settings` with each path in it checked and resolved. Raises ConfigError with every problem at once."""
-        checked, problems = dict(settings), []
+        """`settings` with each path in it checked and resolved, if they name no code. Raises ConfigError with every
+        problem at once."""
+        checked = dict(settings)
+        problems = [f"{key}: only the command line may name code" for key in TRUSTED if settings.get(key) is not None]
         for key in PATH_KEYS:
             if settings.get(key) is None:
                 continue

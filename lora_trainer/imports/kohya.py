@@ -20,6 +20,12 @@ AUGMENT = {
     "flip_aug": "flip",
     "random_crop": "crop",
 }
+# Of noise and loss: under the same names here.
+OBJECTIVE = (
+    *("loss_type", "huber_schedule", "huber_c", "min_snr_gamma", "debiased_estimation_loss"),
+    *("scale_v_pred_loss_like_noise_pred", "noise_offset", "adaptive_noise_scale", "multires_noise_iterations"),
+    *("multires_noise_discount", "ip_noise_gamma", "min_timestep", "max_timestep", "zero_terminal_snr"),
+)
 _ABSENT: dict[str, object] = {"caption_prefix": "", "caption_suffix": "", "keep_tokens": 0}
 _CACHED = "cache_dir keeps what is encoded; without it, it is kept in memory"
 REASONS = {
@@ -35,6 +41,10 @@ REASONS = {
     "prior_loss_weight": "regularisation pictures are not supported",
     "alpha_mask": "masks are not supported",
     "masked_loss": "masks are not supported",
+    "huber_scale": "always 1 here",
+    "noise_offset_random_strength": "not supported",
+    "ip_noise_gamma_random_strength": "not supported",
+    "v_pred_like_loss": "not supported",
     "color_aug": "not supported",
     "face_crop_aug_range": "not supported",
     "keep_tokens_separator": "not supported",
@@ -65,6 +75,18 @@ def data_set(taken: Taken, values: dict[str, Any], name: Callable[[str], str] = 
     if "keep_tokens" in options() and values.get("keep_tokens_separator") == "|||":
         # The same mark there and here.
         del values["keep_tokens_separator"]
+
+
+def objective(taken: Taken, values: dict[str, Any]) -> None:
+    """Take noise and loss out of `values`; what is off there is left, as it is here."""
+    # Alone it does nothing there.
+    if not values.get("noise_offset") and values.get("adaptive_noise_scale"):
+        taken.leave("adaptive_noise_scale", values.pop("adaptive_noise_scale"), "does nothing without noise_offset")
+    for key in OBJECTIVE:
+        if values.get(key) not in (None, False, 0, ""):
+            taken.take(key, values.pop(key), key)
+    if values.get("huber_scale") == 1:
+        del values["huber_scale"]
 
 
 def off(theirs: str) -> object:

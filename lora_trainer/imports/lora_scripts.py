@@ -64,8 +64,9 @@ _REASONS = {
     "no_half_vae": "a VAE that overflows is asked again in fp32",
     "network_args": "not supported",
     "network_module": "only plain LoRA is trained here",
-    "lr_scheduler_num_cycles": "schedules have no cycles",
-    "lr_restart_cycles": "schedules have no cycles",
+    "lr_scheduler_num_cycles": "only cosine_with_restarts has cycles",
+    "lr_restart_cycles": "only cosine_with_restarts has cycles",
+    "lr_scheduler_power": "only polynomial has a power",
     "sample_sampler": "the sampler is fixed",
     "prompt_file": "files of prompts are not read: write them as sample_prompts",
     "network_train_text_encoder_only": "the UNet is always trained",
@@ -96,6 +97,8 @@ def read(data: Mapping[str, Any]) -> Taken:
     _length(taken, values)
     _rates(taken, values)
     _optimizer(taken, values)
+    _schedule(taken, values)
+    kohya.objective(taken, values)
     _saving(taken, values)
     _previews(taken, values)
     if values.get("network_alpha") == 0 and "network_dim" in values:
@@ -152,27 +155,43 @@ def _rates(taken: Taken, values: dict[str, Any]) -> None:
 
 
 def _optimizer(taken: Taken, values: dict[str, Any]) -> None:
-    if "optimizer_type" in values:
-        name = values.pop("optimizer_type")
-        eight_bits = str(name).lower() in ("adamw8bit", "pagedadamw8bit")
-        if eight_bits:
-            taken.remarks.append(f"optimizer_type {name}: adamw, whose states of 32 bits a LoRA can afford")
-        same = eight_bits or str(name).lower() == "adamw"
-        taken.take("optimizer", "adamw" if same else name, "optimizer_type")
-    cycles = {key: values[key] for key in ("lr_scheduler_num_cycles", "lr_restart_cycles") if key in values}
+    name = values.pop("optimizer_type", None)
+    if name is None:
+        return
+    known, path = str(name).lower(), str(name)
+    if known in ("adamw8bit", "pagedadamw8bit"):
+        taken.remarks.append(f"optimizer_type {name}: adamw, whose states of 32 bits a LoRA can afford")
+        known = "adamw"
+    elif "." in path and path in _CLASSES:
+        known = _CLASSES[path]
+    elif "." in path:
+        taken.leave("optimizer_type", name, f"it names code: optimizer=custom optimizer_class={name} takes it")
+        return
+    taken.take("optimizer", known, "optimizer_type")
+    if known != "adamw" and values.get("optimizer_args"):
+        taken.take("optimizer_args", values.pop("optimizer_args"), "optimizer_args")
+
+
+def _schedule(taken: Taken, values: dict[str, Any]) -> None:
     schedule, warmup = values.pop("lr_scheduler", None), values.pop("lr_warmup_steps", None)
-    if schedule == "cosine_with_restarts" and all(count == 1 for count in cycles.values()):
-        taken.remarks.append("lr_scheduler cosine_with_restarts: with one cycle, cosine is the same")
-        schedule = "cosine"
-        for key in cycles:
-            del values[key]
     if schedule == "constant" and warmup:
         taken.leave("lr_warmup_steps", warmup, "kohya's constant schedule has no warm-up")
         warmup = None
     if schedule is not None:
         taken.take("lr_scheduler", str(schedule).removesuffix("_with_warmup"), "lr_scheduler")
+    share = isinstance(warmup, float) and 0 < warmup < 1
     if warmup is not None:
-        taken.take("lr_warmup_steps", warmup, "lr_warmup_steps")
+        taken.take("lr_warmup_ratio" if share else "lr_warmup_steps", warmup, "lr_warmup_steps")
+    if schedule == "cosine_with_restarts":
+        for key in ("lr_scheduler_num_cycles", "lr_restart_cycles"):
+            if values.get(key):
+                taken.take("lr_scheduler_num_cycles", values.pop(key), key)
+    if schedule == "polynomial" and values.get("lr_scheduler_power"):
+        taken.take("lr_scheduler_power", values.pop("lr_scheduler_power"), "lr_scheduler_power")
+
+
+# Which of ours a class is that kohya's trainer imports by its path.
+_CLASSES = {"prodigyplus.ProdigyPlusScheduleFree": "prodigyplusschedulefree", "came_pytorch.CAME": "came"}
 
 
 def _saving(taken: Taken, values: dict[str, Any]) -> None:

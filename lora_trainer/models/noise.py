@@ -22,6 +22,19 @@ class NoiseSchedule:
     def timesteps(self) -> int:
         return self.alphas_cumprod.numel()
 
+    @property
+    def snr(self) -> Tensor:
+        """Signal power over noise power at each timestep, [T] float64."""
+        a = self.alphas_cumprod.double()
+        return a / (1 - a)
+
+    def zero_terminal(self) -> NoiseSchedule:
+        """The same start, and nothing of the signal left at the end (Lin et al. 2023, arXiv:2305.08891, alg. 1)."""
+        signal = self.alphas_cumprod.double().sqrt()
+        first, last = signal[0], signal[-1]
+        rescaled = (signal - last) * first / (first - last)
+        return NoiseSchedule(rescaled.square().to(self.alphas_cumprod.dtype), self.prediction)
+
     def to(self, device: torch.device) -> NoiseSchedule:
         return NoiseSchedule(self.alphas_cumprod.to(device), self.prediction)
 

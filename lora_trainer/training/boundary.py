@@ -10,6 +10,7 @@ import torch
 
 from lora_trainer.dataset.samples import Prepared
 from lora_trainer.events import EventSink, Notice, Progress, Validated
+from lora_trainer.training.segment import Segment
 from lora_trainer.training.step import Network
 from lora_trainer.training.validation import Validator
 
@@ -42,14 +43,15 @@ class Validation:
     lora: float | None = None
     seconds: float = 0.0
 
-    def __call__(self, network: Network, step: int) -> None:
+    def __call__(self, segment: Segment, step: int) -> None:
         """Measure and tell. Before the first update the LoRA is zero, so that value is the base's."""
         if self.held_out is None:
             return
         count = len(self.held_out.samples)
         began = time.perf_counter()
         self.sink(Progress(stage="validating", done=0, total=count))
-        loss = self._loss(network, step)
+        with segment.settled():
+            loss = self._loss(segment.judge, step)
         if loss is None:
             return
         self.lora = loss

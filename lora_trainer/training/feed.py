@@ -11,6 +11,7 @@ import torch
 from lora_trainer.dataset import order
 from lora_trainer.dataset.samples import Captions, Sample
 from lora_trainer.training import randomness
+from lora_trainer.training.noising import PLAIN, Noising
 from lora_trainer.training.step import Batch, stacked, with_sizes
 
 
@@ -36,6 +37,7 @@ class Feed:
     seed: int
     timesteps: int
     parts: int = 1
+    noising: Noising = PLAIN
 
     @property
     def steps_per_epoch(self) -> int:
@@ -89,10 +91,12 @@ class Feed:
         seen = stacked([sample.view(draw) for sample, draw in zip(samples, draws, strict=True)])
         texts = [self.captions.drawn(sample, draw) for sample, draw in zip(samples, draws, strict=True)]
         weights = [weight * sample.item.weight for weight, sample in zip(batch.weights, samples, strict=True)]
+        eps = self.noising.noise(self.seed, batch.visits, seen["latents"])
         return Batch(
             latents=seen["latents"],
-            eps=randomness.normal(self.seed, "noise", batch.visits, tuple(seen["latents"].shape[1:])),
-            t=randomness.timesteps(self.seed, batch.visits, self.timesteps),
+            eps=eps,
+            input_eps=self.noising.input_noise(self.seed, batch.visits, eps),
+            t=self.noising.timesteps(self.seed, batch.visits, self.timesteps),
             weight=torch.tensor(weights) / total,
             mask_keys=randomness.mask_keys(self.seed, batch.visits),
             **with_sizes(stacked(self.captions.alike(texts, samples[0].tokens)), seen["sizes"]),

@@ -17,17 +17,19 @@ from lora_trainer.hosts.ports import Control, GpuLease
 from lora_trainer.kernels.choose import Kernels
 from lora_trainer.models.fingerprint import fingerprint
 from lora_trainer.models.model import Model
-from lora_trainer.training import resume, schedules
+from lora_trainer.training import resume
 from lora_trainer.training.boundary import Boundaries, Validation
 from lora_trainer.training.data import Items
 from lora_trainer.training.feed import Feed
 from lora_trainer.training.fit import Interrupted, Loop, Outcome, ask, fit
 from lora_trainer.training.forecast import FromFirstSteps
 from lora_trainer.training.keeper import Keeper
+from lora_trainer.training.noising import Noising
 from lora_trainer.training.output import Output, Progress
 from lora_trainer.training.planning import OutOfMemoryError, Planning
 from lora_trainer.training.preparing import Preparing
 from lora_trainer.training.results import DivergedError, Results
+from lora_trainer.training.schedules import Schedule
 from lora_trainer.training.segment import Segment, State, alpha_of, open_segment
 from lora_trainer.training.states import Facts, Kept, versions
 from lora_trainer.training.trial import Measured
@@ -142,6 +144,7 @@ class Job:
             self.config.seed,
             model.noise.timesteps,
             self.planning.plan.parts,
+            Noising.of(self.config),
         )
         steps = self.config.max_train_steps or self.config.epochs * feed.steps_per_epoch
         choose = partial(self.kernels.ops, shapes=feed.shapes)
@@ -206,10 +209,10 @@ class Job:
                 scale=alpha_of(config) / config.lora_rank,
             )
         )
-        for notice in segment.tier.notices:
+        for notice in segment.notices:
             self.sink(Notice(text=notice))
         if self.step == 0:
-            self.validation(segment.network, 0)
+            self.validation(segment, 0)
 
     def _rehearse(self, segment: Segment, feed: Feed, steps: int, lease: GpuLease) -> Outcome:
         """DONE when the steps can begin."""
@@ -224,13 +227,6 @@ class Job:
 
     def _loop(self, segment: Segment, feed: Feed, steps: int) -> Loop:
         config = self.config
-        scheduled = partial(
-            schedules.learning_rate,
-            config.lr_scheduler,
-            base=config.learning_rate * self.keeper.rate_factor,
-            steps=steps,
-            warmup=config.lr_warmup_steps,
-        )
         results = Results(
             segment.update.result,
             steps,
@@ -241,7 +237,7 @@ class Job:
         )
         # The state comes last: whoever goes on from it need not do again what happened at its step.
         actions = (
-            (config.validate_every, lambda step: self.validation(segment.network, step)),
+            (config.validate_every, lambda step: self.validation(segment, step)),
             (config.save_steps, lambda step: self._save_between(segment, feed, step)),
             (config.sample_every, lambda step: self._preview(segment, step)),
             (self.keeper.due, lambda step: self._keep(segment, results, step)),
@@ -249,7 +245,7 @@ class Job:
         return Loop(
             feed=feed,
             segment=segment,
-            learning_rate=scheduled,
+            learning_rate=Schedule.of(config, steps, self.keeper.rate_factor),
             boundary=Boundaries(actions, steps),
             results=results,
         )
@@ -280,7 +276,7 @@ class Job:
     def _finish(self, segment: Segment, feed: Feed) -> None:
         if self.step == 0:
             return
-        self.validation(segment.network, self.step)
+        self.validation(segment, self.step)
         self.measured.prepare = self.prepare.seconds
         self.measured.validate = self.validation.seconds / max(1, len(self.items.held_out))
         # First: whoever is killed while it is published need only publish it again.

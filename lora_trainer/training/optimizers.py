@@ -7,22 +7,36 @@ device (learning rate, step, whether the gradient is finite), so a CUDA graph ca
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from lora_trainer.training.trainables import Trainables
+from lora_trainer.training.snapshot import restore
+from lora_trainer.training.trainables import Slot, Trainables
 
 
 class Optimizer(Protocol):
-    """`step` applies the accumulated gradient unless `bad` (a 0-dim float tensor) is 1."""
+    """`step` applies the accumulated gradient unless `bad` (a 0-dim float tensor) is 1; if `capturable`, without a look
+    from the host."""
+
+    capturable: bool
 
     def step(self, trainables: Trainables, bad: Tensor) -> None: ...
 
     def live(self) -> dict[str, Tensor]:
-        """What `step` changes beside the masters: tensors as long as they are, and scalars."""
+        """What `step` changes beside the masters: 1-dim tensors as long as they are, and any of other dimensions."""
+        ...
+
+    def load(self, named: Mapping[str, Tensor], slots: Sequence[Slot]) -> None:
+        """Go on from what `live` was, cut into parameters by `Snapshot.named`. Raises KeyError."""
+        ...
+
+    def settled(self, masters: Tensor) -> AbstractContextManager[None]:
+        """While `masters` are saved or judged they are the average over steps, if it keeps one; then as before."""
         ...
 
 
@@ -38,6 +52,8 @@ class AdamWSettings:
 
 class FlatAdamW:
     """AdamW over `Trainables`' buffers; torch's fused kernel where it takes tensors, plain operations elsewhere."""
+
+    capturable = True
 
     def __init__(self, trainables: Trainables, settings: AdamWSettings) -> None:
         self.settings = settings
@@ -56,6 +72,12 @@ class FlatAdamW:
 
     def live(self) -> dict[str, Tensor]:
         return {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq, "steps": self.steps}
+
+    def load(self, named: Mapping[str, Tensor], slots: Sequence[Slot]) -> None:
+        restore(named, self.live(), slots)
+
+    def settled(self, masters: Tensor) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def _fused(self, buffers: list[Tensor], learning_rate: Tensor, bad: Tensor) -> None:
         fused_adamw(buffers, self.steps, learning_rate, bad, self.settings)

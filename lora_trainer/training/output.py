@@ -55,6 +55,10 @@ class Output:
 
     def save(self, segment: Segment, data: Prepared, progress: Progress, *, final: bool) -> list[Path]:
         """Publish the LoRA as it is now; a final one with its config beside it. Raises OutputError."""
+        with segment.settled():
+            return self._save(segment, data, progress, final=final)
+
+    def _save(self, segment: Segment, data: Prepared, progress: Progress, *, final: bool) -> list[Path]:
         stem = self.name if final else f"{self.name}-step{progress.step:08}"
         self.sink(Saving(step=progress.step))
         metadata = self._metadata(segment.model, data, progress)
@@ -94,12 +98,16 @@ class Output:
         recipe = Recipe(
             (size, size), config.sample_steps, config.sample_guidance, config.sample_negative_prompt, config.seed
         )
-        for number, picture in enumerate(self._drawn(segment, recipe), start=1):
+        with segment.settled():
+            self._publish_pictures(self._drawn(segment, recipe), step)
+
+    def _publish_pictures(self, pictures: Iterator[Image], step: int) -> None:
+        for number, picture in enumerate(pictures, start=1):
             buffer = io.BytesIO()
             picture.save(buffer, format="PNG")
             file = f"samples/{self.name}-step{step:08}-{number}.png"
             path = self.store.publish(file, buffer.getvalue(), final=False)
-            self.sink(Working(stage="drawing", done=number, total=len(config.sample_prompts)))
+            self.sink(Working(stage="drawing", done=number, total=len(self.config.sample_prompts)))
             self.sink(Saved(path=str(path), step=step, kind="sample"))
 
     def _drawn(self, segment: Segment, recipe: Recipe) -> Iterator[Image]:
@@ -148,6 +156,7 @@ class Output:
             epoch=-(-progress.step // progress.steps_per_epoch),
             trigger_words=trigger_words_of(self.config),
             config_json=to_header(self.config),
+            timesteps=(self.config.min_timestep, self.config.max_timestep),
             settings=kohya_settings(self.config) | {"clip_skip": skip if skip > 1 else None},
         )
         return build_metadata(run, DataFacts(folders, data.buckets, resolution, progress.batches_per_epoch), base)
@@ -194,7 +203,7 @@ def kohya_settings(config: Config) -> dict[str, object]:
         "gradient_checkpointing": config.gradient_checkpointing,
         "lr_scheduler": config.lr_scheduler,
         "lr_warmup_steps": config.lr_warmup_steps,
-        "optimizer": config.optimizer,
+        "optimizer": optimizer_name(config),
         "max_grad_norm": config.max_grad_norm,
         "network_module": "networks.lora",
         "network_dim": config.lora_rank,
@@ -206,10 +215,7 @@ def kohya_settings(config: Config) -> dict[str, object]:
         "max_token_length": None,
         "cache_latents": True,
         "lowram": False,
-        "noise_offset": None,
-        "zero_terminal_snr": False,
-        "min_snr_gamma": None,
-        "loss_type": "l2",
+        **objective_settings(config),
         "prior_loss_weight": 1.0,
         "caption_dropout_rate": config.caption_dropout,
         "caption_tag_dropout_rate": config.tag_dropout,
@@ -220,4 +226,28 @@ def kohya_settings(config: Config) -> dict[str, object]:
         "keep_tokens": config.keep_tokens or None,
         "bucket_no_upscale": not config.allow_upscaling,
         "training_comment": config.training_comment,
+    }
+
+
+def optimizer_name(config: Config) -> str:
+    """With its arguments in brackets."""
+    name = config.optimizer_class or config.optimizer
+    return f"{name}({','.join(config.optimizer_args)})" if config.optimizer_args else name
+
+
+def objective_settings(config: Config) -> dict[str, object]:
+    """What is minimised, likewise; a weight that is off is None there."""
+    pseudo_huber = config.loss_type in ("huber", "smooth_l1")
+    return {
+        "noise_offset": config.noise_offset or None,
+        "adaptive_noise_scale": config.adaptive_noise_scale or None,
+        "multires_noise_iterations": config.multires_noise_iterations or None,
+        "multires_noise_discount": config.multires_noise_discount,
+        "ip_noise_gamma": config.ip_noise_gamma or None,
+        "zero_terminal_snr": config.zero_terminal_snr,
+        "min_snr_gamma": config.min_snr_gamma or None,
+        "debiased_estimation": config.debiased_estimation_loss,
+        "loss_type": config.loss_type,
+        "huber_schedule": config.huber_schedule if pseudo_huber else None,
+        "huber_c": config.huber_c if pseudo_huber else None,
     }

@@ -32,6 +32,11 @@ def normal(seed: int, purpose: str, visits: Sequence[int], shape: tuple[int, ...
     return torch.stack(rows)
 
 
+def uniform(seed: int, purpose: str, visit: int) -> float:
+    """A number between 0 and 1, neither of them."""
+    return ((key(seed, purpose, visit) >> 11) + 0.5) / (1 << 52)
+
+
 def timesteps(seed: int, visits: Sequence[int], count: int) -> Tensor:
     """Uniform timesteps in 0 … count - 1, [len(visits)] int64 on the CPU."""
     return torch.tensor([key(seed, "timestep", visit) % count for visit in visits])

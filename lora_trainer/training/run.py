@@ -12,6 +12,7 @@ from lora_trainer.training import data, resume, trial
 from lora_trainer.training.control import StopOnly
 from lora_trainer.training.fit import Outcome
 from lora_trainer.training.job import GOES_ON, Job
+from lora_trainer.training.library import optimizer_class
 from lora_trainer.training.output import Output
 from lora_trainer.training.settings import torch_settings
 
@@ -31,6 +32,8 @@ def run(
     With `resumes` the run in `output_dir` goes on, where there is one. Raises UserError.
     """
     began = time.perf_counter()
+    # What is not installed is said before anything is encoded.
+    optimizer_class(config)
     full = (config, data.find(config, sink))
     config, items = trial.shorten(*full) if config.trial else full
     begun = resume.begin(config, host.store, sink, resume=resumes)

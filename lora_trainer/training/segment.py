@@ -15,6 +15,7 @@ from lora_trainer.adapters.inject import ADAPTER, Adapter, inject
 from lora_trainer.adapters.naming import text_name
 from lora_trainer.adapters.targets import select, select_text
 from lora_trainer.config import Config
+from lora_trainer.config.rules import ONE_RATE
 from lora_trainer.errors import ConfigError
 from lora_trainer.kernels.site import Site
 from lora_trainer.models.model import Model
@@ -25,8 +26,9 @@ from lora_trainer.training.clip import StepClip
 from lora_trainer.training.dropout import LoraDropout
 from lora_trainer.training.fused import Fused, fuse, is_linear
 from lora_trainer.training.ladder import ALL, Plan
-from lora_trainer.training.objectives import mse
-from lora_trainer.training.optimizers import AdamWSettings, FlatAdamW, Optimizer
+from lora_trainer.training.library import optimizer_notices, optimizer_of
+from lora_trainer.training.objectives import mse, objective_of, training_noise
+from lora_trainer.training.optimizers import Optimizer
 from lora_trainer.training.precision import LossScaler, resolve
 from lora_trainer.training.snapshot import Snapshot, restore
 from lora_trainer.training.step import ForwardBackward, Network, Update
@@ -44,6 +46,7 @@ ROOM = 6 * 1024**3
 class Segment:
     """The machinery of one borrowing. `adapters`: what is trained, by the names of `naming.PREFIXES`."""
 
+    config: Config
     model: Model
     adapters: dict[str, Adapter]
     network: Network
@@ -71,6 +74,11 @@ class Segment:
         networks = [self.model.unet] + ([self.model.text.module] if "text_encoder" in self.adapters else [])
         return sum(p.numel() for network in networks for p in network.parameters()) - self.trainables.count
 
+    @property
+    def judge(self) -> Network:
+        """What measures the held-out loss: whatever a run minimises, by what can be compared with other runs."""
+        return replace(self.network, noise=self.model.noise, objective=mse)
+
     def live(self) -> dict[str, Tensor]:
         """Everything that training changes, by name: flat buffers as long as the masters, and scalars."""
         parts = {"optimizer": self.optimizer.live(), "scaler": self.scaler.live()}
@@ -82,7 +90,10 @@ class Segment:
 
     def restore(self, state: State) -> None:
         """Go on from `Snapshot.named` of an earlier segment, of this process or another."""
-        restore(state, self.live(), self.trainables.slots)
+        slots, mark = self.trainables.slots, "optimizer."
+        restore(state, {name: part for name, part in self.live().items() if not name.startswith(mark)}, slots)
+        theirs = {name.removeprefix(mark): part for name, part in state.items() if name.startswith(mark)}
+        self.optimizer.load(theirs, slots)
         self.working.refresh()
 
     def begin_again(self, state: State) -> None:
@@ -90,6 +101,22 @@ class Segment:
         self.trainables.grads.zero_()
         self.update.loss.zero_()
         self.restore(state)
+
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        """The weights as they are saved, drawn and judged: averaged over steps where the optimizer or `ema_decay` does
+        that. Training goes on from the very weights it had."""
+        try:
+            with self.optimizer.settled(self.trainables.masters):
+                self.working.refresh()
+                yield
+        finally:
+            self.working.refresh()
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What the user should know of how the steps run."""
+        return (*self.tier.notices, *optimizer_notices(self.config))
 
     def make_room(self) -> None:
         """Before somebody else uses the GPU: what the captured step holds, where memory is short."""
@@ -125,7 +152,10 @@ def open_segment(
         if checkpointing:
             stack.enter_context(checkpointed(model.unet, every=checkpointing == ALL))
         encode = StepClip(model.text, fused, bool(checkpointing), trained=config.train_text_encoder)
-        network = Network(model.unet, model.noise, mse, precision, dropout, tier.memory_format, encode)
+        noise = training_noise(config, model.noise)
+        network = Network(
+            model.unet, noise, objective_of(config, noise), precision, dropout, tier.memory_format, encode
+        )
         segment = _assemble(config, model, adapters, network, working, tier)
         stack.callback(segment.captures.release)
         if state is not None:
@@ -153,8 +183,9 @@ def injected(config: Config, model: Model) -> dict[str, Adapter]:
 
 
 def text_encoder_lr_of(config: Config) -> float:
-    """text_encoder_lr, by default half the learning rate."""
-    return config.learning_rate / 2 if config.text_encoder_lr is None else config.text_encoder_lr
+    """text_encoder_lr, by default half the learning rate, or the same where the optimizer knows only one."""
+    share = 1.0 if config.optimizer in ONE_RATE else 0.5
+    return config.learning_rate * share if config.text_encoder_lr is None else config.text_encoder_lr
 
 
 def alpha_of(config: Config) -> float:
@@ -187,10 +218,11 @@ def _assemble(
 ) -> Segment:
     device, trainables = model.facts.device, working.trainables
     scaler = LossScaler(device, enabled=network.precision.compute == torch.float16)
-    optimizer = FlatAdamW(trainables, AdamWSettings(weight_decay=config.weight_decay))
+    optimizer = optimizer_of(config, trainables)
     captures = Captures(device, enabled=tier.captured, deterministic=config.deterministic)
     loss = torch.zeros((), device=device)
     return Segment(
+        config=config,
         model=model,
         adapters=adapters,
         network=network,

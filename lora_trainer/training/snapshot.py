@@ -15,7 +15,8 @@ from lora_trainer.training.trainables import Slot
 class Snapshot:
     """Copies of a segment's live tensors, as they were between two updates.
 
-    Buffers as long as the flat masters are cut into parameters, so that a state does not depend on how they lie.
+    Buffers of one dimension, as long as the flat masters, are cut into parameters, so that a state does not depend on
+    how they lie.
     """
 
     copies: Mapping[str, Tensor]
@@ -36,7 +37,7 @@ class Snapshot:
         return cls(copies, slots, arrived.synchronize)
 
     def named(self) -> dict[str, Tensor]:
-        """Each tensor as `name` (a scalar) or `name/parameter`."""
+        """Each tensor as `name/parameter` (a flat buffer) or whole as `name`."""
         self.wait()
         return {key: tensor for name, copy in self.copies.items() for key, tensor in cut(name, copy, self.slots)}
 
@@ -50,6 +51,6 @@ def restore(named: Mapping[str, Tensor], live: Mapping[str, Tensor], slots: Sequ
 
 def cut(name: str, tensor: Tensor, slots: Sequence[Slot]) -> list[tuple[str, Tensor]]:
     """(key, view) of the parts of a live tensor or of its copy."""
-    if tensor.dim() == 0:
+    if tensor.dim() != 1:
         return [(name, tensor)]
     return [(f"{name}/{slot.name}", slot.of(tensor)) for slot in slots]

@@ -29,7 +29,8 @@ Encode = Callable[[Tensor, "Tensor | None"], Tensor]
 class Batch:
     """One micro-batch of B samples: everything random is already drawn.
 
-    latents, eps: [B, 4, h, w] float32; t: [B] int64; weight: [B] float32, summing to 1 over an update (0 for padding);
+    latents, eps: [B, 4, h, w] float32, and input_eps, the noise that the network is shown, where that is not eps;
+    t: [B] int64; weight: [B] float32, summing to 1 over an update (0 for padding);
     mask_keys: [B, 2] int32. The captions: context [B, 77 n, width], or, to be encoded in the step, their token ids
     [B, n, 77] int64, with their emphasis of that shape where they have it. SDXL's: pooled [B, width], and sizes [B, 6]
     with original (height, width), crop (top, left) and target (height, width) in pixels.
@@ -45,6 +46,7 @@ class Batch:
     emphasis: Tensor | None = None
     pooled: Tensor | None = None
     sizes: Tensor | None = None
+    input_eps: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -114,7 +116,10 @@ class Network:
         with self.precision.autocast():
             latents, eps = (x.contiguous(memory_format=self.memory_format) for x in (batch.latents, batch.eps))
             condition = batch.condition(self.encode)
-            return self.objective(self.unet, self.noise, latents=latents, eps=eps, t=batch.t, condition=condition)
+            noisy = self.noise.add_noise(latents, eps if batch.input_eps is None else batch.input_eps, batch.t)
+            noisy = noisy.contiguous(memory_format=self.memory_format)
+            predicted = self.unet(noisy, batch.t, **condition, return_dict=False)[0]
+            return self.objective(predicted, self.noise.target(latents, eps, batch.t), batch.t)
 
 
 class ForwardBackward:
@@ -169,7 +174,10 @@ class Update:
         self.result = torch.zeros(3, device=loss.device)
 
     def __call__(self) -> None:
-        self.captures.run("update", self._compute)
+        if self.optimizer.capturable:
+            self.captures.run("update", self._compute)
+        else:
+            self._compute()
 
     def _compute(self) -> None:
         grads = self.working.trainables.grads

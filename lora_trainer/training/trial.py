@@ -24,6 +24,7 @@ def shorten(config: Config, items: Items) -> tuple[Config, Items]:
         epochs=1,
         max_train_steps=STEPS,
         lr_warmup_steps=0,
+        lr_warmup_ratio=0.0,
         save_steps=0,
         validate_every=0,
         sample_every=0,

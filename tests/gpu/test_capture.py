@@ -11,9 +11,11 @@ import torch
 
 from benchmarks.step import RandomFeed, config_of, model_of
 from benchmarks.workload import Workload
+from lora_trainer.errors import ConfigError
 from lora_trainer.kernels.plain import PlainOps
 from lora_trainer.training import segment as segments
 from lora_trainer.training.capture import Captures
+from lora_trainer.training.library import optimizer_class
 from lora_trainer.training.settings import torch_settings
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -200,8 +202,23 @@ def test_bad_numbers_never_reach_the_weights_and_nobody_waits():
         assert snapshot.copies["scaler.scale"] == before["scaler.scale"].cpu() / 2
 
 
-def test_a_segment_goes_on_from_a_snapshot_bit_by_bit():
-    config = config_of(WORK, deterministic=True)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"ema_decay": 0.9, "loss_type": "huber", "min_snr_gamma": 5},
+        {"optimizer": "lion"},
+        {"optimizer": "prodigy"},
+        {"optimizer": "prodigyplusschedulefree"},
+        {"optimizer": "adamwschedulefree"},
+        {"optimizer": "came"},
+        {"optimizer": "adafactor"},
+    ],
+    ids=lambda changes: changes.get("optimizer", "ema" if changes else "adamw"),
+)
+def test_a_segment_goes_on_from_a_snapshot_bit_by_bit(changes):
+    config = config_of(WORK, deterministic=True, **changes)
+    optimizer_class_or_skip(config)
     _, update = next(RandomFeed(WORK).stream(0, pinned=True))
     batches = update * 8
 
@@ -217,7 +234,39 @@ def test_a_segment_goes_on_from_a_snapshot_bit_by_bit():
             train(segment, batches[:4])
             state = segment.snapshot().named()
             train(segment, batches[4:])
+            assert ("update" in segment.captures._graphs) == (config.optimizer == "adamw")
+            with segment.settled():
+                assert torch.isfinite(segment.trainables.masters).all()
             expected = segment.trainables.masters.clone()
         with segments.open_segment(config, model_of(WORK), state) as segment:
             train(segment, batches[4:])
             assert torch.equal(segment.trainables.masters, expected)
+
+
+def optimizer_class_or_skip(config):
+    try:
+        optimizer_class(config)
+    except ConfigError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"loss_type": "smooth_l1"}, {"min_snr_gamma": 5}, {"debiased_estimation_loss": True}]
+)
+def test_objectives_are_the_same_captured(changes):
+    """The loss of a replay is that of the same batch run eagerly."""
+    work = replace(WORK, dropout=0.0)
+    feed = RandomFeed(work).stream(0, pinned=True)
+    batches = [batch for _, (batch,) in islice(feed, 4)]
+    with torch_settings(None), segments.open_segment(config_of(work, **changes), model_of(work), None) as segment:
+        for batch in batches:
+            noisy = replace(batch, input_eps=batch.eps + 0.1 * torch.randn_like(batch.eps)).pinned()
+            segment.update.loss.zero_()
+            segment.forward_backward(noisy)
+            captured = segment.update.loss.item()
+            static = noisy.like(segment.captures.device)
+            static.copy_(noisy)
+            with torch.no_grad():
+                eager = (segment.network.losses(static) * static.weight).sum().item()
+            assert captured == pytest.approx(eager, rel=2e-2)
+        assert segment.captures.count == 1

@@ -62,6 +62,10 @@ def test_round_trip(chosen):
         config = build(chosen)
     except ConfigError as error:  # rules between fields may refuse a combination, never a single value
         assert not any("expected a" in line and "beside" not in line and "name" not in line for line in error.problems)
+        refused = {line.partition(":")[0] for line in error.problems} & set(chosen) - {"train_data_dir", "base_model"}
+        if refused:
+            # Without what was refused the rest still goes its way.
+            test_round_trip.hypothesis.inner_test({key: chosen[key] for key in chosen if key not in refused})
         return
     assert build(yaml.safe_load(to_yaml(config))) == config
     header = json.loads(to_header(config))

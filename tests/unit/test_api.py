@@ -19,7 +19,7 @@ from lora_trainer.api.access import refusal
 from lora_trainer.api.routes import MAX_BODY, PREFIX, ROUTES, Call, read_body, submit
 from lora_trainer.config.build import build
 from lora_trainer.config.options import options
-from lora_trainer.config.schema import GROUPS
+from lora_trainer.config.schema import GROUPS, TRUSTED
 from lora_trainer.errors import DataError, ModelError
 from lora_trainer.hosts.roots import Roots
 
@@ -387,10 +387,11 @@ def test_other_routes_stay_as_they_are(client, host: FakeHost) -> None:
 def test_the_schema_says_what_the_declaration_says(client) -> None:
     schema = client.get(f"{PREFIX}/schema").json()
     assert schema["groups"] == list(GROUPS)
-    assert list(schema["properties"]) == list(options())
+    declared = {key: option for key, option in options().items() if key not in TRUSTED}
+    assert list(schema["properties"]) == list(declared)
     assert schema["required"] == ["train_data_dir"]
     assert schema["additionalProperties"] is False
-    for key, option in options().items():
+    for key, option in declared.items():
         property = schema["properties"][key]
         assert (property["description"], property["group"]) == (option.help, option.group)
         if not option.required:

@@ -314,7 +314,8 @@ def test_lora_scripts_example(tmp_path):
     expected = {
         **{"base_model": "./sd-models/model.ckpt", "train_data_dir": "./train/input", "output_dir": "./output"},
         **{"output_name": "output_name", "lora_rank": 32, "lora_alpha": 16, "lora_dropout": 0, "learning_rate": 1e-4},
-        **{"train_text_encoder": True, "text_encoder_lr": 1e-5, "lr_scheduler": "cosine", "lr_warmup_steps": 0},
+        **{"train_text_encoder": True, "text_encoder_lr": 1e-5, "lr_warmup_steps": 0},
+        **{"lr_scheduler": "cosine_with_restarts", "lr_scheduler_num_cycles": 1},
         **{"optimizer": "adamw", "resolution": 512, "allow_upscaling": True, "batch_size": 1, "epochs": 10},
         **{"clip_skip": 2, "seed": 1337, "mixed_precision": "fp16", "save_precision": "fp16", "enable_xformers": True},
     }
@@ -365,13 +366,20 @@ def test_kohyas_alpha_of_1_is_said(tmp_path):
 @pytest.mark.parametrize(
     ("text", "key", "why"),
     [
-        ("optimizer_type = 'Prodigy'", "optimizer_type", "optimizer: expected adamw"),
-        ("lr_scheduler = 'polynomial'", "lr_scheduler", "lr_scheduler: expected"),
-        ("lr_scheduler = 'cosine_with_restarts'\nlr_scheduler_num_cycles = 3", "lr_scheduler_num_cycles", "no cycles"),
+        ("optimizer_type = 'DAdaptation'", "optimizer_type", "optimizer: expected adamw"),
+        ("optimizer_type = 'some.Thing'", "optimizer_type", "it names code: optimizer=custom"),
+        ("lr_scheduler = 'piecewise_constant'", "lr_scheduler", "lr_scheduler: expected"),
+        (
+            "lr_scheduler = 'cosine'\nlr_scheduler_num_cycles = 3",
+            "lr_scheduler_num_cycles",
+            "only cosine_with_restarts",
+        ),
+        ("adaptive_noise_scale = 0.1", "adaptive_noise_scale", "does nothing without noise_offset"),
+        ("noise_offset_random_strength = true", "noise_offset_random_strength", "not supported"),
         ("lr_warmup_steps = 0.1", "lr_warmup_steps", "constant schedule has no warm-up"),
         ("network_module = 'lycoris.kohya'", "network_module", "only plain LoRA"),
         ("reg_data_dir = './reg'", "reg_data_dir", "regularisation pictures are not supported"),
-        ("min_snr_gamma = 5", "min_snr_gamma", "no such option here"),
+        ("min_snr_gamma = 'x'", "min_snr_gamma", "min_snr_gamma: expected a number"),
         ("sample_prompts = './prompts.txt'", "sample_prompts", "files of prompts are not read"),
         ("resolution = '512,x'", "resolution", "expected 512"),
         ("enable_bucket = false", "enable_bucket", "their own shape"),
@@ -383,6 +391,35 @@ def test_kohyas_alpha_of_1_is_said(tmp_path):
 def test_what_has_no_counterpart_is_listed_with_its_value(tmp_path, text, key, why):
     _, left, _ = taken(tmp_path, "x.toml", f"train_data_dir = 'a'\n{text}\n")
     assert why in left[key][1]
+
+
+def test_noise_loss_optimizer_and_schedule_are_taken(tmp_path):
+    text = """
+    train_data_dir = 'a'
+    loss_type = 'huber'
+    huber_schedule = 'exponential'
+    huber_scale = 1.0
+    min_snr_gamma = 5
+    noise_offset = 0.05
+    adaptive_noise_scale = 0.1
+    multires_noise_iterations = 6
+    ip_noise_gamma = 0.1
+    max_timestep = 900
+    optimizer_type = 'prodigyplus.ProdigyPlusScheduleFree'
+    optimizer_args = ['d_coef=2']
+    lr_scheduler = 'cosine_with_restarts'
+    lr_scheduler_num_cycles = 3
+    lr_warmup_steps = 0.1
+    """
+    settings, left, _ = taken(tmp_path, "x.toml", "\n".join(line.strip() for line in text.splitlines()))
+    expected = {
+        **{"loss_type": "huber", "huber_schedule": "exponential", "min_snr_gamma": 5, "noise_offset": 0.05},
+        **{"adaptive_noise_scale": 0.1, "multires_noise_iterations": 6, "ip_noise_gamma": 0.1, "max_timestep": 900},
+        **{"optimizer": "prodigyplusschedulefree", "optimizer_args": ["d_coef=2"], "lr_warmup_ratio": 0.1},
+        **{"lr_scheduler": "cosine_with_restarts", "lr_scheduler_num_cycles": 3},
+    }
+    assert {key: value for key, value in settings.items() if key in expected} == expected
+    assert not set(left) & {*expected, "huber_scale"}
 
 
 def test_kohyas_line_of_a_preview(tmp_path):

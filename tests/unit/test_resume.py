@@ -321,7 +321,7 @@ def nan_from(monkeypatch, bad) -> None:
         calls.append(1)
         return losses * math.nan if bad(len(calls)) else losses
 
-    monkeypatch.setattr("lora_trainer.training.segment.mse", sometimes)
+    monkeypatch.setattr("lora_trainer.training.segment.objective_of", lambda *_: sometimes)
     monkeypatch.setattr(results, "MAX_BAD_STEPS", 3)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 
 import pytest
@@ -11,7 +10,6 @@ from torch import nn
 
 from lora_trainer.training.optimizers import AdamWSettings, FlatAdamW
 from lora_trainer.training.precision import LossScaler, resolve
-from lora_trainer.training.schedules import learning_rate
 from lora_trainer.training.settings import WORKSPACE, fast_or_repeatable
 from lora_trainer.training.snapshot import Snapshot, restore
 from lora_trainer.training.trainables import Trainables
@@ -118,20 +116,6 @@ def test_fp16_on_a_cpu_is_said():
     assert precision.compute == torch.float32
     assert "fp16" in notice
     assert resolve("bf16", CPU) == (type(precision)(CPU, torch.bfloat16), None)
-
-
-@pytest.mark.parametrize("name", ["constant", "linear", "cosine"])
-def test_schedules_are_diffusers(name):
-    from diffusers.optimization import get_scheduler
-
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3)
-    their_name = "constant_with_warmup" if name == "constant" else name
-    theirs = get_scheduler(their_name, optimizer, num_warmup_steps=10, num_training_steps=50)
-    for step in range(50):
-        mine = learning_rate(name, step, base=0.3, steps=50, warmup=10)
-        assert math.isclose(mine, theirs.get_last_lr()[0], abs_tol=1e-9)
-        optimizer.step()
-        theirs.step()
 
 
 def test_repeatable_algorithms_are_asked_for_only_inside(monkeypatch):

@@ -195,6 +195,7 @@ def test_every_option_is_shown_once_or_hidden_for_a_reason():
         "cpu_threads",
         "trial",
         "enable_xformers",
+        "optimizer_class",
     }
     assert list(fields.groups()) == list(GROUPS)
 
