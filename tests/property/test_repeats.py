@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from lora_trainer.dataset.buckets import Bucket
 from lora_trainer.dataset.items import Item
-from lora_trainer.dataset.prepare import Prepared, Sample
+from lora_trainer.dataset.samples import Prepared, Sample
 from lora_trainer.training.feed import Feed
 
+TEXT = {"context": torch.zeros(77, 4)}
 counts = st.lists(st.tuples(st.integers(1, 5), st.sampled_from([64, 128])), min_size=1, max_size=8)
 
 
@@ -25,20 +26,27 @@ def prepared(repeats: list[tuple[int, int]]) -> Prepared:
             Sample(
                 Item(Path(f"{number}.png"), "x", ".txt", count),
                 Bucket(width, 64),
-                torch.full((4, 8, width // 8), float(number)),
-                {"context": torch.zeros(77, 4)},
+                torch.full((1, 4, 8, width // 8), float(number)),
+                torch.zeros(1, 6, dtype=torch.int64),
+                TEXT,
+                77,
             )
             for number, (count, width) in enumerate(repeats)
         ),
         (),
+        texts={"x": TEXT},
     )
+
+
+def feed_of(data: Prepared, size: int, accumulation: int, seed: int) -> Feed:
+    return Feed(data.epoch, data.captions(lambda caption: TEXT), size, accumulation, seed, 1000)
 
 
 @settings(deadline=None, derandomize=True, max_examples=60)
 @given(counts, st.integers(1, 4), st.integers(1, 3), st.integers(0, 2**32 - 1))
 def test_an_epoch_sees_each_picture_so_many_times(repeats, size, accumulation, seed):
     data = prepared(repeats)
-    feed = Feed(data.epoch, size, accumulation, seed, 1000)
+    feed = feed_of(data, size, accumulation, seed)
     epochs = 2
     seen: Counter[int] = Counter()
     noises = []
@@ -57,7 +65,7 @@ def test_an_epoch_sees_each_picture_so_many_times(repeats, size, accumulation, s
 @settings(deadline=None, derandomize=True, max_examples=30)
 @given(counts, st.integers(1, 4), st.integers(0, 30))
 def test_a_run_goes_on_in_the_middle_of_an_epoch(repeats, size, first):
-    feed = Feed(prepared(repeats).epoch, size, 1, 7, 1000)
+    feed = feed_of(prepared(repeats), size, 1, 7)
     assert list(islice(feed.updates(first), 4)) == list(islice(feed.updates(0), first + 4))[first:]
 
 

@@ -261,6 +261,8 @@ def test_kohyas_example(tmp_path):
         ],
         "resolution": 512,
         "batch_size": 4,
+        "shuffle_captions": True,
+        "keep_tokens": 2,
     }
     assert left["datasets[0].subsets[2]"] == ("C:\\reg", "regularisation pictures are not supported")
     assert left["datasets[1].batch_size"] == (2, "batch_size is 4 already: it holds for the whole run")
