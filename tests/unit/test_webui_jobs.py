@@ -120,7 +120,7 @@ def test_a_finished_job(ui, webui_settings):
         "tiny.png",
         "tiny.safetensors",
     ]
-    run = Path(webui_settings["output_dir"])
+    (run,) = Path(webui_settings["output_dir"]).parent.iterdir()
     assert sorted(p.name for p in run.iterdir()) == ["logs", "state", "tiny-step00000002.safetensors", "tiny.yaml"]
     assert json.loads((ui.loras / "tiny.json").read_text(encoding="utf-8"))["activation text"] == "tiny thing"
     assert any("192 of 192 modules" in notice.text for notice in of(events, Notice))
