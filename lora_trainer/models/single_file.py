@@ -14,7 +14,7 @@ from lora_trainer.models.families import Family, detect
 from lora_trainer.models.ldm_yaml import LdmConfig, read_beside
 from lora_trainer.models.model import CheckpointHashes, Model, ModelFacts
 from lora_trainer.models.noise import NoiseSchedule, Prediction, scaled_linear
-from lora_trainer.models.text import TextEncoder, Tokenizer
+from lora_trainer.models.text import TextEncoder, bundled
 from lora_trainer.models.unet_names import LDM_PREFIX as UNET
 
 _PARAMETERIZATIONS: dict[str, Prediction] = {"eps": "epsilon", "v": "v"}
@@ -55,7 +55,7 @@ def model_of(
     unet = unet_view(state, num_heads=config.num_heads or family.num_heads)
     return Model(
         unet=unet,
-        text=TextEncoder(Tokenizer(), text_view(state, config_folder=config.text_folder), clip_skip or 1),
+        text=TextEncoder(bundled(), text_view(state, config_folder=config.text_folder), clip_skip or 1),
         vae=vae_view(state, scale_factor=config.scale_factor or family.scale_factor),
         noise=schedule(state, family, config).to(device),
         facts=ModelFacts(

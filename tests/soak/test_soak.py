@@ -8,14 +8,12 @@ says as much only over a thousand jobs.
 
 from __future__ import annotations
 
-import functools
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import pytest
 
-from lora_trainer.models import single_file
 from tests.soak import readings
 from tests.soak.jobs import KINDS, Bench
 from tests.soak.readings import Reading, Slope
@@ -64,9 +62,7 @@ def bench(tmp_path, checkpoint) -> Bench:
     return Bench(tmp_path, checkpoint)
 
 
-def test_a_hundred_jobs_leave_nothing(bench, monkeypatch):
-    # Reading the vocabulary anew takes half of a tiny job's time; in the long run each job does.
-    monkeypatch.setattr(single_file, "Tokenizer", functools.cache(single_file.Tokenizer))
+def test_a_hundred_jobs_leave_nothing(bench):
     found = slopes(soak(bench.round, rounds=10, warm_up=4))
     if growing(found):
         # What still settles does not grow a second time.
