@@ -97,6 +97,21 @@ def append(file: object, data: bytes, *, durable: bool) -> None:
         _flush(file)
 
 
+def trim(files: Iterable[Path], limit: int) -> None:
+    """Remove of `files` those that were changed longest ago, until the rest takes at most `limit` bytes."""
+    found = []
+    for path in files:
+        with suppress(OSError):
+            stat = path.stat()
+            found.append((stat.st_mtime, stat.st_size, path))
+    size = sum(bytes_ for _, bytes_, _ in found)
+    for _, bytes_, path in sorted(found):
+        if size <= limit:
+            break
+        remove(path)
+        size -= bytes_
+
+
 def remove(path: Path) -> None:
     """If it can be: a file too many does no harm."""
     with suppress(OSError):

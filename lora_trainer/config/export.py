@@ -84,7 +84,7 @@ def table() -> str:
     lines = []
     for group in GROUPS:
         lines += [f"**{group}**", "", "| key | what it does | values | default |", "|---|---|---|---|"]
-        lines += [f"| `{o.key}` | {o.help} | {o.expected} | {_default(o)} |" for o in _of(group)]
+        lines += [_row(f"`{o.key}`", o.help, o.expected, _default(o)) for o in _of(group)]
         lines.append("")
     return "\n".join(lines).rstrip() + "\n"
 
@@ -94,6 +94,11 @@ def with_table(readme: str) -> str:
     before, _, rest = readme.partition(TABLE_START)
     _, _, after = rest.partition(TABLE_END)
     return f"{before}{TABLE_START}\n{table()}{TABLE_END}{after}"
+
+
+def _row(*cells: str) -> str:
+    """Of a table. A bar in a cell would end it."""
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
 def _of(group: str) -> Iterator[Option]:

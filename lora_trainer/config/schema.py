@@ -186,7 +186,7 @@ class Config(Learning, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ) = None
     learning_rate: Annotated[float, _about(TRAINING, "Size of a step. 1e-4 when it overfits.", gt=0, le=1)] = 2e-4
     gradient_checkpointing: Annotated[
-        bool, _about(TRAINING, "Save memory by computing activations twice; about 20 % slower.")
+        bool, _about(TRAINING, "Save memory by computing activations twice; about a third slower.")
     ] = False
     auto_fit: Annotated[
         bool,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lora_trainer.adapters.writer import in_parts
 from lora_trainer.errors import OutputError
-from lora_trainer.files import publish, remove, sweep_folder
+from lora_trainer.files import publish, sweep_folder, trim
 
 # About 30,000 pictures of 512 px.
 MAX_BYTES = 8 * 1024**3
@@ -55,17 +55,7 @@ class Cache:
         """Remove the entries that were used longest ago, until the rest takes at most `limit` bytes."""
         if self.folder is None:
             return
-        found = []
-        for path in self.folder.glob("*/*.safetensors"):
-            with suppress(OSError):
-                stat = path.stat()
-                found.append((stat.st_mtime, stat.st_size, path))
-        size = sum(size for _, size, _ in found)
-        for _, bytes_, path in sorted(found):
-            if size <= limit:
-                break
-            remove(path)
-            size -= bytes_
+        trim(self.folder.glob("*/*.safetensors"), limit)
         for folder in self.folder.glob("*/"):
             sweep_folder(folder)
 

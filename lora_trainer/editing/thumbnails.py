@@ -13,7 +13,7 @@ from PIL import Image
 
 from lora_trainer.dataset.images import load_image
 from lora_trainer.errors import DataError, OutputError
-from lora_trainer.files import publish, remove
+from lora_trainer.files import publish, trim
 
 SIZES = {"small": 256, "large": 1024}
 _JPEG_END = b"\xff\xd9"
@@ -50,17 +50,7 @@ class Thumbnails:
 
     def trim(self, limit: int = MAX_BYTES) -> None:
         """Remove the oldest ones beyond `limit` bytes."""
-        found = []
-        for path in self.folder.glob("*/*.jpg"):
-            with suppress(OSError):
-                stat = path.stat()
-                found.append((stat.st_mtime, stat.st_size, path))
-        size = sum(bytes_ for _, bytes_, _ in found)
-        for _, bytes_, path in sorted(found):
-            if size <= limit:
-                break
-            remove(path)
-            size -= bytes_
+        trim(self.folder.glob("*/*.jpg"), limit)
 
 
 def _made(picture: Path, side: int) -> bytes:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from pathlib import Path
 
 import pytest
 
 from lora_trainer.config import build, output_name_of, replace
-from lora_trainer.config.export import to_header, to_yaml
+from lora_trainer.config.export import table, to_header, to_yaml
 from lora_trainer.config.sources import HEADER_KEY, parse_overrides, read_file
 from lora_trainer.errors import ConfigError
 
@@ -213,3 +214,9 @@ def test_shipped_yaml_is_valid():
     root = Path(__file__).parents[2]
     build(read_file(root / "configs" / "lora_default.yaml"))
     build(read_file(root / "demo" / "style.yaml"))
+
+
+def test_no_cell_of_the_table_of_options_is_cut_by_a_bar_in_its_words():
+    rows = [line for line in table().splitlines() if line.startswith("| `")]
+    assert "\\|" in next(row for row in rows if "`wildcards`" in row)
+    assert {len(re.split(r"(?<!\\)\|", row)) for row in rows} == {6}
