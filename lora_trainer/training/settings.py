@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import torch
 
@@ -44,16 +45,18 @@ def fast_or_repeatable(*, deterministic: bool) -> Iterator[None]:
 @contextmanager
 def _repeatable() -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory
+    # Torch 2.1 fills nothing and has no such setting.
+    memory = getattr(torch.utils, "deterministic", SimpleNamespace(fill_uninitialized_memory=False))
+    filled = memory.fill_uninitialized_memory
     workspace = os.environ.get(WORKSPACE)
     try:
         # Else torch refuses matrix products.
         os.environ.setdefault(WORKSPACE, ":4096:8")
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        memory.fill_uninitialized_memory = False
         torch.use_deterministic_algorithms(True)
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = filled
+        memory.fill_uninitialized_memory = filled
         if workspace is None:
             os.environ.pop(WORKSPACE, None)
