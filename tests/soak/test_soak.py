@@ -74,6 +74,7 @@ def test_a_hundred_jobs_leave_nothing(bench):
 @pytest.mark.soak
 @pytest.mark.slow
 def test_two_thousand_jobs_leave_nothing(bench):
+    readings.settle_interned()
     taken = soak(bench.round, rounds=200, warm_up=20)
     found = slopes(taken)
     print(report(found))
