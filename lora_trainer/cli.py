@@ -15,9 +15,9 @@ from pathlib import Path
 from lora_trainer import __version__
 from lora_trainer.captioning import command as captioning
 from lora_trainer.config import Config, build
-from lora_trainer.config.export import table
+from lora_trainer.config.export import preset_table, table
 from lora_trainer.config.sample_options import SampleOptions
-from lora_trainer.config.sources import parse_overrides, read_file
+from lora_trainer.config.sources import family_of, parse_overrides, read_file
 from lora_trainer.doctor import command as doctor
 from lora_trainer.errors import UserError
 from lora_trainer.events import Finished
@@ -85,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--lora", type=Path, required=True)
     sample.add_argument("--prompt", action="append", required=True, help="may be given more than once")
     _add_sample_options(sample)
-    add("options", _options, "Print the table of options.")
+    add("options", _options, "Print the tables of options and presets.")
     return parser
 
 
@@ -99,7 +99,8 @@ def _add_sample_options(sample: argparse.ArgumentParser) -> None:
 
 def config_of(path: Path | None, overrides: Sequence[str], **known: object) -> Config:
     """The config of what is `known`, a file (or none) and command-line overrides. Raises ConfigError."""
-    return build(known, read_file(path) if path else {}, parse_overrides(overrides))
+    sources = (known, read_file(path) if path else {}, parse_overrides(overrides))
+    return build(*sources, family=family_of(*sources))
 
 
 def _train(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -164,7 +165,7 @@ def _sample(arguments: argparse.Namespace, _: Sequence[str]) -> int:
 
 
 def _options(arguments: argparse.Namespace, _: Sequence[str]) -> int:
-    print(table(), end="")
+    print(f"{table()}\n{preset_table()}", end="")
     return DONE
 
 

@@ -31,10 +31,17 @@ def convert(option: Option, value: object) -> Any:
         result = msgspec.convert(prepared, option.type, strict=False)
     except (msgspec.ValidationError, ValueError, OverflowError):
         found = "nothing" if value is None else shown(value)
-        raise Problem(f"{option.key}: expected {option.expected}, found {found}") from None
+        raise Problem(f"{option.key}: expected {option.expected}, found {found}{_meant(option, value)}") from None
     if isinstance(result, float) and not math.isfinite(result):
         raise Problem(f"{option.key}: expected {option.expected}, found {shown(value)}")
     return result
+
+
+def _meant(option: Option, value: object) -> str:
+    """The choices that are written nearly like that."""
+    word = value.lower() if isinstance(value, str) and len(value) < 100 else ""
+    near = get_close_matches(word, option.choices, n=2, cutoff=0.6)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 def _entry(option: Option, number: int, value: object) -> msgspec.Struct:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PureWindowsPath
 
 import msgspec
 import yaml
 
 from lora_trainer.config.options import Option, options
+from lora_trainer.config.presets import FAMILIES, PRESETS, Preset
 from lora_trainer.config.schema import GROUPS, PATHS, TRUSTED, Config
 
 PRIVATE = ("sample_prompts", "sample_negative_prompt")
 TEXT_ENCODER = ("train_text_encoder", "text_encoder_lr")
 TABLE_START, TABLE_END = "<!-- options:start -->", "<!-- options:end -->"
+PRESETS_START, PRESETS_END = "<!-- presets:start -->", "<!-- presets:end -->"
 
 
 def to_yaml(config: Config) -> str:
@@ -89,11 +91,29 @@ def table() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def with_table(readme: str) -> str:
-    """A README with the table of options between its markers."""
-    before, _, rest = readme.partition(TABLE_START)
-    _, _, after = rest.partition(TABLE_END)
-    return f"{before}{TABLE_START}\n{table()}{TABLE_END}{after}"
+def preset_table() -> str:
+    """The presets as Markdown."""
+    rows = [_row(f"`{name}`", preset.why, preset_text(preset)) for name, preset in PRESETS.items()]
+    return "\n".join(["| preset | why | sets |", "|---|---|---|", *rows]) + "\n"
+
+
+def preset_text(preset: Preset) -> str:
+    """What a preset sets: for every family, then what it adds for each."""
+    parts = [("", preset.values), *((name, getattr(preset, family)) for family, name in FAMILIES.items())]
+    return "; ".join(f"{f'{name}: ' * bool(name)}{_settings(values)}" for name, values in parts if values)
+
+
+def _settings(values: Mapping[str, object]) -> str:
+    return " ".join(f"`{key}={json.dumps(value).strip(chr(34))}`" for key, value in values.items())
+
+
+def with_tables(readme: str) -> str:
+    """A README with the tables of presets and of options between their markers."""
+    for start, made, end in ((PRESETS_START, preset_table(), PRESETS_END), (TABLE_START, table(), TABLE_END)):
+        before, _, rest = readme.partition(start)
+        _, _, after = rest.partition(end)
+        readme = f"{before}{start}\n{made}{end}{after}"
+    return readme
 
 
 def _row(*cells: str) -> str:
@@ -126,4 +146,4 @@ if __name__ == "__main__":
     root = Path(sys.argv[1] if len(sys.argv) > 1 else ".")
     (root / "configs" / "lora_default.yaml").write_text(template(), encoding="utf-8")
     readme = root / "README.md"
-    readme.write_text(with_table(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    readme.write_text(with_tables(readme.read_text(encoding="utf-8")), encoding="utf-8")

@@ -13,6 +13,7 @@ from msgspec import Meta
 
 from lora_trainer.config.declare import about as _about
 from lora_trainer.config.learning import OBJECTIVE, OPTIMIZER, Learning
+from lora_trainer.config.presets import NONE, PRESETS
 
 MODEL, DATA, CAPTIONS, LORA = "Model", "Data", "Captions", "LoRA"
 TRAINING, OUTPUT, PREVIEWS = "Training", "Output", "Validation and previews"
@@ -37,6 +38,12 @@ class Concept(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 class Config(Learning, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A run's settings. Only `config.build` makes one, since constructing it checks nothing."""
 
+    preset: Annotated[
+        Literal[(NONE, *PRESETS)],
+        _about(
+            MODEL, "Settings for what is to be learned, as the table of presets has them; any setting beside it wins."
+        ),
+    ] = NONE
     base_model: Annotated[
         str, _about(MODEL, "The checkpoint to train on: a single-file Stable Diffusion 1.x .safetensors or .ckpt.")
     ]

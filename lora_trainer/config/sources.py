@@ -9,10 +9,13 @@ from typing import Any
 
 from lora_trainer.config.header import read_json_header
 from lora_trainer.config.options import options
+from lora_trainer.config.presets import preset_keys
 from lora_trainer.config.schema import TRUSTED
 from lora_trainer.config.yaml_text import YamlProblem, parse_yaml
 from lora_trainer.errors import ConfigError
 
+# Where SDXL checkpoints keep their two text encoders.
+SDXL = "conditioner.embedders."
 HEADER_KEY = "lora_trainer_config"
 # Of more than this, reading YAML takes seconds.
 MAX_FILE_BYTES = 64 * 1024
@@ -65,6 +68,18 @@ def parse_overrides(arguments: Sequence[str]) -> Mapping[str, object]:
     return found
 
 
+def family_of(*sources: Mapping[str, object]) -> str:
+    """The family of their base_model, of `presets.FAMILIES`, by the names in its header; sd15 where none can be read,
+    of which the training then says why."""
+    path = next((source["base_model"] for source in reversed(sources) if source.get("base_model")), None)
+    readable = isinstance(path, str) and path.lower().endswith(".safetensors")
+    try:
+        names = read_json_header(Path(path)) if readable else {}
+    except (OSError, ValueError):
+        names = {}
+    return "sdxl" if any(name.startswith(SDXL) for name in names) else "sd15"
+
+
 def _value(text: str) -> Any:
     """A shell word as YAML would read it; what is no scalar or list stays text."""
     try:
@@ -111,4 +126,6 @@ def _header_config(path: Path) -> Mapping[str, object]:
     if not isinstance(settings, dict):
         raise ConfigError([f"{path}: the settings in its header are damaged"])
     # Whoever repeats a file's run must say for himself what code it runs.
-    return {key: value for key, value in settings.items() if key not in TRUSTED}
+    given = {key: value for key, value in settings.items() if key not in TRUSTED}
+    # A header is of a whole config, whose preset only says where it began: what is left out is at its default.
+    return {key: options()[key].default for key in preset_keys()} | given

@@ -25,6 +25,7 @@ from lora_trainer.training.states import FOLDER, Facts, Kept, StateFolder, folde
 FREE = frozenset(
     {
         *PATHS,
+        "preset",
         "concepts",
         *(
             "output_name",

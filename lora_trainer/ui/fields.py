@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 from lora_trainer.config.options import Option, options
+from lora_trainer.config.presets import preset_keys
 from lora_trainer.config.schema import GROUPS
 
 # Option: why it has no control.
@@ -20,7 +21,7 @@ HIDDEN = {
     "enable_xformers": "does nothing",
     "optimizer_class": "names code: only on the command line",
 }
-FIRST = ("output_name", "train_data_dir", "trigger_words")
+FIRST = ("preset", "output_name", "train_data_dir", "trigger_words")
 MAIN = ("lora_rank", "epochs", "batch_size", "resolution")
 
 _LABELS = {
@@ -76,6 +77,7 @@ _LABELS = {
 }
 # The command line writes the option's name where the page needs other or fewer words.
 _HELP = {
+    "preset": "Sets some of the controls below for what is to be learned.",
     "train_data_dir": "Pictures with captions beside them: metadata.csv, metadata.jsonl or one .txt for each picture.",
     "concepts": "Only these folders in the folder of pictures: castle, or {folder: castle, repeats: 10}.",
     "lora_rank": "What it can hold. 4 to 16 for a style.",
@@ -118,10 +120,15 @@ def control(option: Option) -> Control:
 
 def initial(option: Option) -> object:
     """What the control shows before anyone touches it."""
+    return as_shown(option, option.default)
+
+
+def as_shown(option: Option, value: Any) -> object:
+    """What the control shows for `value`."""
     kind = control(option)
     if kind == "lines":
-        return "\n".join(map(str, option.default or ()))
-    return (option.default or "") if kind == "text" else option.default
+        return "\n".join(map(str, value or ()))
+    return ("" if value is None else str(value)) if kind == "text" else value
 
 
 def placeholder(option: Option) -> str:
@@ -149,15 +156,18 @@ def shown() -> tuple[Option, ...]:
 
 
 def settings(values: Mapping[str, object]) -> dict[str, object]:
-    """The settings that the controls' `values` stand for; an empty optional one is left out.
+    """The settings that the controls' `values` stand for; an empty optional one is left out, unless a preset would then
+    fill it.
 
     Nothing is checked here: `config.build` reports every problem at once.
     """
-    found = {key: _setting(options()[key], value) for key, value in values.items()}
-    return {key: value for key, value in found.items() if value is not None or not options()[key].optional}
+    found = {key: setting(options()[key], value) for key, value in values.items()}
+    kept = {key for key in found if key in preset_keys() or not options()[key].optional}
+    return {key: value for key, value in found.items() if value is not None or key in kept}
 
 
-def _setting(option: Option, value: object) -> object:
+def setting(option: Option, value: object) -> object:
+    """What the control's `value` stands for; nothing for an empty optional one."""
     if not isinstance(value, str):
         return value
     if control(option) == "lines":

@@ -58,7 +58,8 @@ class Handlers:
         def click(seen: str, picked: str, *values: object) -> list[Any]:
             settings = fields.settings(dict(zip(keys, values, strict=True)))
             try:
-                self.host.submit({**settings, "trial": trial})
+                # Without the button a preset decides.
+                self.host.submit({**settings, **({"trial": True} if trial else {})})
             except UserError as error:
                 return [_answered(live.refusal(str(error))), self.update(), *self.look(picked, seen)]
             return [_answered(""), "", *self.look("", seen)]

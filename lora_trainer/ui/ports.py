@@ -16,10 +16,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The model that would be trained on, and what speaks against it."""
+    """The model that would be trained on, what speaks against it, and its family, of `config.presets.FAMILIES`."""
 
     title: str
     warnings: tuple[str, ...]
+    family: str = "sd15"
 
 
 class CaptionHost(Protocol):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lora_trainer.config.options import options
-from lora_trainer.ui import captioning, controls, doctor, fields, live
+from lora_trainer.ui import captioning, controls, doctor, fields, live, presets
 from lora_trainer.ui.handlers import Handlers
 from lora_trainer.ui.words import safe
 
@@ -47,15 +47,17 @@ def build(host: TabHost) -> gr.Blocks:
     with gr.Blocks(analytics_enabled=False) as blocks, gr.Row(elem_id="lora_trainer", equal_height=False):
         with gr.Column(scale=5, min_width=320, elem_classes=["lt-left"]):
             screen: dict[str, Any] = {"checkpoint": gr.HTML("", elem_id="lora_trainer_checkpoint")}
+            preset = presets.build()
             pictures, look, findings = _pictures(handlers)
             captions = captioning.build()
-            inputs = pictures | _main() | _groups()
+            inputs = {"preset": preset.preset} | pictures | _main() | _groups()
         with gr.Column(scale=5, min_width=320, elem_classes=["lt-right"]):
             actions = _actions()
             message = gr.HTML("", elem_id="lora_trainer_message")
             screen |= _live(host) | {"stop": actions.stop, "pause": actions.pause}
         screen |= {"beat": gr.HTML("", elem_id="lora_trainer_beat", elem_classes=["lt-hidden"]), "seen": gr.State("")}
         _connect(handlers, actions, {"message": message, **screen}, inputs)
+        presets.connect(preset, presets.Handlers(host, gr.update), inputs)
         captioning.connect(captions, captioning.Handlers(host, gr.update), inputs, actions.tick)
         asked = [inputs[key] for key in _CHECKED]
         look.click(handlers.check(_CHECKED), inputs=asked, outputs=[findings], **{**_SHORT, "show_progress": "full"})

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from lora_trainer.config.export import TABLE_END, TABLE_START, table, template, with_table
+from lora_trainer.config.export import PRESETS_START, TABLE_END, TABLE_START, preset_table, table, template, with_tables
 from lora_trainer.config.options import options
 from lora_trainer.config.schema import GROUPS
 
@@ -27,10 +27,11 @@ def test_template_is_fresh_and_complete():
 
 def test_readme_table_is_fresh_and_complete():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert text == with_table(text), "run: python -m lora_trainer.config.export"
+    assert text == with_tables(text), "run: python -m lora_trainer.config.export"
     part = text[text.index(TABLE_START) : text.index(TABLE_END)]
     assert set(re.findall(r"^\| `(\w+)` \|", part, re.MULTILINE)) == set(options())
     assert table() in part
+    assert preset_table() in text[text.index(PRESETS_START) :]
 
 
 def test_every_option_has_a_group_and_a_short_help():

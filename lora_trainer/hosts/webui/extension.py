@@ -15,6 +15,8 @@ from modules import infotext_utils, paths_internal, script_callbacks, sd_models,
 
 from lora_trainer.api import mount, mount_editor
 from lora_trainer.config import Config, build, output_name_of, words_of
+from lora_trainer.config.options import options
+from lora_trainer.config.presets import preset_keys
 from lora_trainer.doctor import Report, examine
 from lora_trainer.doctor.subject import Wanted
 from lora_trainer.editing.editor import Editor
@@ -61,11 +63,11 @@ class Extension:
         sd_model = sd_models.model_data.sd_model
         if sd_model is None:
             return None
-        return Checkpoint(sd_model.sd_checkpoint_info.title, tuple(_warnings(sd_model)))
+        return Checkpoint(sd_model.sd_checkpoint_info.title, tuple(_warnings(sd_model)), _family(sd_model))
 
     def submit(self, settings: Mapping[str, object]) -> JobView:
         """Raises UserError."""
-        given = self._roots().settings({key: value for key, value in settings.items() if value is not None})
+        given = self._roots().settings(_given(settings))
         checkpoint = self.checkpoint()
         if checkpoint is None and "base_model" not in given:
             raise DataError("no checkpoint is loaded; choose one at the top of the page, wait, and train again")
@@ -75,11 +77,11 @@ class Extension:
             "output_dir": str(run),
             "cache_dir": str(self.home / "cache"),
         }
-        return self.jobs.submit(build(known, given))
+        return self.jobs.submit(build(known, given, family=checkpoint.family if checkpoint else "sd15"))
 
     def check(self, settings: Mapping[str, object]) -> Report:
         """Raises UserError."""
-        given = self._roots().settings({key: value for key, value in settings.items() if value is not None})
+        given = self._roots().settings(_given(settings))
         config = build({"base_model": "the loaded one", "output_dir": str(self.home)}, given)
         wanted = Wanted(config.resolution or Wanted.resolution, config.allow_upscaling, config.trigger_words)
         # Clicks of many visitors would take all processor cores.
@@ -168,6 +170,16 @@ def started(_: Any, app: Any) -> None:
     mount_editor(app, extension())
     if shared.cmd_opts.api or shared.cmd_opts.nowebui:
         mount(app, extension())
+
+
+def _given(settings: Mapping[str, object]) -> dict[str, object]:
+    """What is set. Nothing is a value where it is allowed and a preset might give another."""
+    kept = {key for key in preset_keys() if options()[key].optional}
+    return {key: value for key, value in settings.items() if value is not None or key in kept}
+
+
+def _family(sd_model: Any) -> str:
+    return "sdxl" if getattr(sd_model, "is_sdxl", False) else "sd15"
 
 
 def _warnings(sd_model: Any) -> list[str]:
