@@ -172,7 +172,13 @@ def _options(arguments: argparse.Namespace, _: Sequence[str]) -> int:
 def _finish(finished: Finished, as_json: bool) -> int:
     validation = None
     if finished.validation_base is not None:
-        validation = {"base": finished.validation_base, "lora": finished.validation_lora}
+        validation = {
+            "base": finished.validation_base,
+            "lora": finished.validation_lora,
+            "train": finished.validation_train,
+            "best_step": finished.best_step,
+            "overfit": finished.overfit,
+        }
     result = {
         "state": finished.state,
         "output": finished.output,

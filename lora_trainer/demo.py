@@ -113,7 +113,7 @@ def prove(config: Config, finished: Finished, seconds: float, sink: EventSink) -
     evidence = Evidence(
         base=finished.validation_base,
         lora=finished.validation_lora,
-        shuffled_captions=Validator(shuffled(samples)).loss(network),
+        shuffled_captions=Validator(shuffled(samples), most=config.validation_draws).loss(network),
         weight_0_is_base=exact,
         training_seconds=seconds,
     )

@@ -67,11 +67,14 @@ class StepDone(Event, tag="step"):
 
 
 class Validated(Event, tag="validated"):
-    """Held-out loss with fixed noise and timesteps: of the base model, and with the LoRA at this step."""
+    """Loss with fixed noise and timesteps: of held-out pictures with the base model, and with the LoRA at this step;
+    of as many training pictures the same."""
 
     step: int
     base: float
     lora: float
+    train: float | None = None
+    train_base: float | None = None
 
 
 class Saving(Event, tag="saving"):
@@ -89,7 +92,8 @@ class Saved(Event, tag="saved"):
 
 
 class Finished(Event, tag="finished"):
-    """The last event of a run."""
+    """The last event of a run. `validation_lora` and `validation_train` are of the LoRA that was saved; it is that of
+    `best_step` where the held-out loss was measured on the way. `overfit`: at the end it had risen by 5 %."""
 
     state: Literal["done", "stopped", "failed"]
     output: list[str]
@@ -98,6 +102,9 @@ class Finished(Event, tag="finished"):
     seconds: float
     validation_base: float | None = None
     validation_lora: float | None = None
+    validation_train: float | None = None
+    best_step: int | None = None
+    overfit: bool = False
 
 
 AnyEvent = Notice | Progress | Started | Forecast | StepDone | Validated | Saving | Saved | Finished

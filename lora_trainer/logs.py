@@ -50,7 +50,7 @@ class CsvLog:
     """
 
     STEPS = ("step", "epoch", "loss", "learning_rate", "grad_norm", "seconds")
-    VALIDATION = ("step", "base", "lora")
+    VALIDATION = ("step", "base", "lora", "train", "train_base")
 
     def __init__(self, folder: Path, goes_on: bool = False) -> None:
         self.folder, self.goes_on = folder, goes_on
@@ -124,6 +124,8 @@ class TensorBoardLog:
                 self._writer.add_scalar(f"train/{name}", getattr(event, name), event.step)
         elif isinstance(event, Validated):
             self._writer.add_scalar("validation/loss", event.lora, event.step)
+            if event.train is not None:
+                self._writer.add_scalar("validation/train", event.train, event.step)
 
     def close(self) -> None:
         self._writer.close()
@@ -214,12 +216,23 @@ def sentences(event: AnyEvent) -> Iterator[str]:
         memory = f"needs {event.memory / GIB:.1f} of {event.available / GIB:.1f} GB, " if known else ""
         yield f"{memory}about {in_words(event.seconds)}"
     elif isinstance(event, Validated):
-        change = f", {event.lora / event.base - 1:+.1%} against the base" if event.step else " (the base)"
-        yield f"step {event.step}: held-out loss {event.lora:.4f}{change}"
+        yield f"step {event.step}: held-out loss {_against(event.lora, event.base, event.step)}{_beside(event)}"
     elif isinstance(event, Saved):
         yield f"saved {event.path}"
     elif isinstance(event, Finished):
         yield f"{event.state} after {event.steps} steps, {_duration(event.seconds)}"
+
+
+def _against(loss: float, base: float, step: int) -> str:
+    change = f"{loss / base - 1:+.1%} against the base" if base else f"the base {base:.4f}"
+    return f"{loss:.4f}, {change}" if step else f"{loss:.4f} (the base)"
+
+
+def _beside(event: Validated) -> str:
+    """The same of training pictures."""
+    if event.train is None or event.train_base is None:
+        return ""
+    return f"; training pictures {_against(event.train, event.train_base, event.step)}"
 
 
 def in_words(seconds: float) -> str:

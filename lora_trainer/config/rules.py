@@ -29,8 +29,9 @@ def problems(config: Config) -> list[str]:
 def _validation(config: Config) -> Iterator[str]:
     if config.validation_data_dir and config.validation_split:
         yield "validation_split: expected 0 together with validation_data_dir, found " + str(config.validation_split)
-    if config.validate_every and not (config.validation_data_dir or config.validation_split):
-        yield "validate_every: expected validation_data_dir or validation_split beside it, found neither"
+    for key in ("validate_every", "early_stopping_patience"):
+        if getattr(config, key) and not (config.validation_data_dir or config.validation_split):
+            yield f"{key}: expected validation_data_dir or validation_split beside it, found neither"
 
 
 def _previews(config: Config) -> Iterator[str]:

@@ -12,11 +12,12 @@ import msgspec
 from msgspec import Meta
 
 from lora_trainer.config.declare import about as _about
-from lora_trainer.config.learning import OBJECTIVE, OPTIMIZER, Learning
+from lora_trainer.config.judging import PREVIEWS, Judging
+from lora_trainer.config.learning import OBJECTIVE, OPTIMIZER
 from lora_trainer.config.presets import NONE, PRESETS
 
 MODEL, DATA, CAPTIONS, LORA = "Model", "Data", "Captions", "LoRA"
-TRAINING, OUTPUT, PREVIEWS = "Training", "Output", "Validation and previews"
+TRAINING, OUTPUT = "Training", "Output"
 GROUPS = (MODEL, DATA, CAPTIONS, LORA, TRAINING, OPTIMIZER, OBJECTIVE, OUTPUT, PREVIEWS)
 # Larger numbers before a folder's name are years and the like.
 MAX_REPEATS = 1000
@@ -35,7 +36,7 @@ class Concept(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     caption: Annotated[str, _about(DATA, "The caption of pictures that have none.")] = ""
 
 
-class Config(Learning, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Config(Judging, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A run's settings. Only `config.build` makes one, since constructing it checks nothing."""
 
     preset: Annotated[
@@ -256,9 +257,6 @@ class Config(Learning, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ] = False
     training_comment: Annotated[str, _about(OUTPUT, "A note for the file's header.")] = ""
 
-    validate_every: Annotated[
-        int, _about(PREVIEWS, "Measure the held-out loss every so many steps; 0: at the start and the end.", ge=0)
-    ] = 0
     sample_prompts: Annotated[
         list[str], _about(PREVIEWS, "Prompts to draw with the LoRA during and after training.")
     ] = msgspec.field(default_factory=list)

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import msgspec
 
+from lora_trainer.curve import Point
 from lora_trainer.events import AnyEvent, Finished, Forecast, Notice, Progress, Saved, Started, StepDone, Validated
 from lora_trainer.jobs.states import ENDED, State
 from lora_trainer.jobs.view import JobView
@@ -41,7 +42,7 @@ class Told(msgspec.Struct, frozen=True, tag="told"):
 
 
 Line = Changed | Told
-Point = TypeVar("Point", bound=tuple)
+Row = TypeVar("Row", bound=tuple)
 
 
 def fold(view: JobView, line: Line) -> JobView:
@@ -109,7 +110,8 @@ def _(event: StepDone, view: JobView) -> JobView:
 
 @_tell.register
 def _(event: Validated, view: JobView) -> JobView:
-    return replace(view, validations=(*_before(view.validations, event.step), (event.step, event.base, event.lora)))
+    point = Point(event.step, event.base, event.lora, event.train, event.train_base)
+    return replace(view, validations=(*_before(view.validations, event.step), point))
 
 
 @_tell.register
@@ -130,7 +132,7 @@ def _(event: Notice, view: JobView) -> JobView:
     return view
 
 
-def _before(points: tuple[Point, ...], step: int) -> tuple[Point, ...]:
+def _before(points: tuple[Row, ...], step: int) -> tuple[Row, ...]:
     """Without `step` and what came after it: a run may have gone back there."""
     return points if not points or points[-1][0] < step else tuple(point for point in points if point[0] < step)
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from lora_trainer.curve import Point
 from lora_trainer.jobs.states import State
 
 
 @dataclass(frozen=True)
 class JobView:
     """Times are seconds since 1970, `eta` and `seconds_per_step` seconds, `memory` bytes held, `available`
-    bytes there are for it. `losses` are (step, loss), thinned; `validations` (step, base, lora); `output` has the
-    finished LoRA first."""
+    bytes there are for it. `losses` are (step, loss), thinned; `validations` (step, base, lora, train,
+    train_base); `output` has the finished LoRA first."""
 
     id: str
     name: str
@@ -30,7 +31,7 @@ class JobView:
     learning_rate: float | None = None
     seconds_per_step: float | None = None
     losses: tuple[tuple[int, float], ...] = ()
-    validations: tuple[tuple[int, float, float], ...] = ()
+    validations: tuple[Point, ...] = ()
     eta: float | None = None
     memory: int | None = None
     available: int | None = None

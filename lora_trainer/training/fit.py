@@ -12,6 +12,7 @@ import torch
 from lora_trainer.dataset.order import Update
 from lora_trainer.hosts.ports import Control, GpuLease
 from lora_trainer.training.capture import Pace
+from lora_trainer.training.control import never
 from lora_trainer.training.feed import Feed
 from lora_trainer.training.prefetch import ahead
 from lora_trainer.training.results import Results
@@ -61,13 +62,15 @@ class Boundary(Protocol):
 
 @dataclass(frozen=True)
 class Loop:
-    """One segment's machinery. `learning_rate(step)` is that of update `step`, counted from 0."""
+    """One segment's machinery. `learning_rate(step)` is that of update `step`, counted from 0; `over` is asked whether
+    the run is done before its last step."""
 
     feed: Feed
     segment: Segment
     learning_rate: Callable[[int], float]
     boundary: Boundary
     results: Results
+    over: Callable[[], bool] = never
 
 
 def fit(loop: Loop, *, first_step: int, lease: GpuLease, control: Control) -> tuple[Outcome, int]:
@@ -90,7 +93,7 @@ def _steps(
 ) -> tuple[Outcome, int]:
     segment, steps, step = loop.segment, loop.results.steps, first_step
     pace = Pace(segment.captures.device)
-    while step < steps and not control.stopping():
+    while step < steps and not loop.over() and not control.stopping():
         if control.pausing():
             loop.results.read()
             return Outcome.PAUSED, step
@@ -121,4 +124,4 @@ def _steps(
             return Outcome.HANDED_OVER, step
         loop.results.shared(loop.results.clock() - offered)
     loop.results.read()
-    return (Outcome.DONE if step >= steps else Outcome.STOPPED), step
+    return (Outcome.DONE if step >= steps or loop.over() else Outcome.STOPPED), step

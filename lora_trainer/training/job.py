@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -11,18 +11,19 @@ import msgspec
 import torch
 
 from lora_trainer.config import Config
-from lora_trainer.errors import OutputError
-from lora_trainer.events import EventSink, Notice, Started
+from lora_trainer.curve import chosen
+from lora_trainer.events import EventSink, Notice
 from lora_trainer.hosts.ports import Control, GpuLease
 from lora_trainer.kernels.choose import Kernels
 from lora_trainer.models.fingerprint import fingerprint
 from lora_trainer.models.model import Model
 from lora_trainer.training import resume
-from lora_trainer.training.boundary import Boundaries, Validation
+from lora_trainer.training.boundary import Boundaries
 from lora_trainer.training.data import Items
 from lora_trainer.training.feed import Feed
 from lora_trainer.training.fit import Interrupted, Loop, Outcome, ask, fit
 from lora_trainer.training.forecast import FromFirstSteps
+from lora_trainer.training.judging import Validation
 from lora_trainer.training.keeper import Keeper
 from lora_trainer.training.noising import Noising
 from lora_trainer.training.output import Output, Progress
@@ -30,7 +31,8 @@ from lora_trainer.training.planning import OutOfMemoryError, Planning
 from lora_trainer.training.preparing import Preparing
 from lora_trainer.training.results import DivergedError, Results
 from lora_trainer.training.schedules import Schedule
-from lora_trainer.training.segment import Segment, State, alpha_of, open_segment
+from lora_trainer.training.segment import Segment, State, open_segment
+from lora_trainer.training.snapshot import Snapshot
 from lora_trainer.training.states import Facts, Kept, versions
 from lora_trainer.training.trial import Measured
 
@@ -62,7 +64,7 @@ class Job:
         self.planning = Planning(self.config, self.sink)
         self._first_steps = FromFirstSteps(self.sink)
         self.prepare = Preparing(self.config, self.items, self.sink, self.control)
-        self.validation = Validation(None, self.sink)
+        self.validation = Validation(self.config, self.sink)
         self.keeper = Keeper(self.begun.states, self.config.checkpoint_every, self.sink, self._facts)
         kept = self.begun.kept
         self.kernels = Kernels(self.config.kernels, kept.facts.tier if kept is not None else "")
@@ -85,7 +87,7 @@ class Job:
                     "out of GPU memory while preparing: close what else uses the GPU, or lower resolution"
                 ) from error
         # Outside the steps, where the segment's state may be torn: back to the last good one.
-        self.step, self._state = self.keeper.last()
+        self._go_back(*self.keeper.last())
         self.planning.step_down(self.step)
         return Outcome.HANDED_OVER
 
@@ -100,7 +102,7 @@ class Job:
         resume.same_data(facts, resume.digest(self.items))
         self.step, self._state, self._losses = facts.step, kept.tensors, facts.losses
         self.planning.go_on_with(facts.checkpointing, facts.parts)
-        self.validation.base, self.validation.lora = facts.validation_base, facts.validation_lora
+        self.validation.go_on_from(facts.curve, kept.tensors)
         self.keeper.rollbacks = facts.rollbacks
         self.keeper.remember(lambda: kept.tensors, facts.step)
         self.sink(Notice(text=f"goes on from step {facts.step} of the run of {facts.name}"))
@@ -118,8 +120,7 @@ class Job:
             data=resume.digest(self.items),
             losses=list(self._losses),
             rollbacks=self.keeper.rollbacks,
-            validation_base=self.validation.base,
-            validation_lora=self.validation.lora,
+            curve=list(self.validation.curve),
             checkpointing=self.planning.plan.checkpointing,
             parts=self.planning.plan.parts,
             tier=self._tier,
@@ -135,7 +136,7 @@ class Job:
         outcome = self.prepare(model, lease)
         if outcome is not Outcome.DONE:
             return outcome
-        self.validation.held_out = self.prepare.data.held_out
+        self.validation.look_at(self.prepare.data)
         feed = Feed(
             self.prepare.data.train.epoch,
             self.prepare.data.train.captions(model.text.tokens),
@@ -157,7 +158,7 @@ class Job:
             if outcome in GOES_ON:
                 self._leave(segment, feed, outcome)
             else:
-                self._finish(segment, feed)
+                self._finish(segment, feed, steps)
         return outcome
 
     def _leave(self, segment: Segment, feed: Feed, outcome: Outcome) -> None:
@@ -166,11 +167,19 @@ class Job:
             return
         if outcome is Outcome.OUT_OF_MEMORY:
             self.planning.step_down(self.step)
-        snapshot = segment.snapshot()
+        snapshot = self._snapshot(segment)
         self._state = snapshot.named()
         if outcome is Outcome.PAUSED and self.step:
             self.keeper.keep_durably(snapshot, self.step)
             self._save_between(segment, feed, self.step)
+
+    def _snapshot(self, segment: Segment) -> Snapshot:
+        """All that the next segment, or the next process, goes on from."""
+        return replace(segment.snapshot(), beside=self.validation.weights)
+
+    def _go_back(self, step: int, state: State | None) -> None:
+        self.step, self._state = step, state
+        self.validation.go_back(step, state)
 
     def _roll_back(self, segment: Segment, loop: Loop, error: DivergedError) -> Outcome:
         """Raises `error` when that was tried often enough; what was learned is then saved."""
@@ -178,7 +187,7 @@ class Job:
         if before is None:
             self._save_between(segment, loop.feed, loop.results.step)
             raise error
-        self.step, self._state = before
+        self._go_back(*before)
         self._losses = ()
         rate = self.keeper.rate_factor * self.config.learning_rate
         self.sink(
@@ -192,23 +201,8 @@ class Job:
 
     def _begin(self, segment: Segment, steps: int) -> None:
         self._told = True
-        config, facts = self.config, segment.model.facts
         self._tier = segment.tier.ops.name
-        self.sink(
-            Started(
-                name=self.output.name,
-                device=str(facts.device),
-                precision=str(segment.network.precision.compute).removeprefix("torch."),
-                images=self.prepare.data.train.images,
-                steps=steps,
-                epochs=config.epochs,
-                effective_batch=config.batch_size * config.gradient_accumulation_steps,
-                trainable=segment.trainables.count,
-                total=segment.base_count,
-                modules=segment.modules,
-                scale=alpha_of(config) / config.lora_rank,
-            )
-        )
+        self.sink(segment.started(self.output.name, self.prepare.data.train.images, steps))
         for notice in segment.notices:
             self.sink(Notice(text=notice))
         if self.step == 0:
@@ -237,9 +231,9 @@ class Job:
         )
         # The state comes last: whoever goes on from it need not do again what happened at its step.
         actions = (
-            (config.validate_every, lambda step: self.validation(segment, step)),
+            (self.validation.every(steps), lambda step: self.validation(segment, step)),
             (config.save_steps, lambda step: self._save_between(segment, feed, step)),
-            (config.sample_every, lambda step: self._preview(segment, step)),
+            (config.sample_every, lambda step: self.output.preview(segment, step)),
             (self.keeper.due, lambda step: self._keep(segment, results, step)),
         )
         return Loop(
@@ -248,12 +242,13 @@ class Job:
             learning_rate=Schedule.of(config, steps, self.keeper.rate_factor),
             boundary=Boundaries(actions, steps),
             results=results,
+            over=self.validation.over,
         )
 
     def _keep(self, segment: Segment, results: Results, step: int) -> None:
         self._losses = tuple(results.losses)
         if results.bad_in_a_row == 0:
-            self.keeper.keep(segment.snapshot(), step)
+            self.keeper.keep(self._snapshot(segment), step)
 
     def _fit(self, segment: Segment, loop: Loop, lease: GpuLease) -> Outcome:
         try:
@@ -267,30 +262,24 @@ class Job:
         return outcome
 
     def _save_between(self, segment: Segment, feed: Feed, step: int) -> None:
-        """An intermediate file; a run is not lost because one of them could not be written."""
-        try:
-            self.output.save(segment, self.prepare.data.train, self._progress(feed, step), final=False)
-        except OutputError as error:
-            self.sink(Notice(text=f"step {step} is not saved, training goes on: {error}", level="warning"))
+        self.output.save_between(segment, self.prepare.data.train, self._progress(feed, step))
 
-    def _finish(self, segment: Segment, feed: Feed) -> None:
+    def _finish(self, segment: Segment, feed: Feed, steps: int) -> None:
         if self.step == 0:
             return
         self.validation(segment, self.step)
-        self.measured.prepare = self.prepare.seconds
-        self.measured.validate = self.validation.seconds / max(1, len(self.items.held_out))
+        self.measured.prepare, self.measured.validate = self.prepare.seconds, self.validation.seconds
         # First: whoever is killed while it is published need only publish it again.
-        self.keeper.keep_durably(segment.snapshot(), self.step)
-        self.published = self.output.save(segment, self.prepare.data.train, self._progress(feed, self.step), final=True)
-        self._preview(segment, self.step)
-
-    def _preview(self, segment: Segment, step: int) -> None:
-        """A run is not lost because a picture does not fit beside it."""
-        try:
-            self.output.preview(segment, step)
-        except torch.cuda.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            self.sink(Notice(text=f"step {step}: no preview, it does not fit into the memory", level="warning"))
+        self.keeper.keep_durably(self._snapshot(segment), self.step)
+        step, weights = self.step, None
+        best = self.validation.earlier(self.step) if self.config.save_best else None
+        if best is not None:
+            step, weights = best.step, self.validation.weights
+            self._save_between(segment, feed, self.step)
+            self.sink(Notice(text=chosen(best, self.validation.last, steps, self.output.stem(self.step))))
+        progress = self._progress(feed, step)
+        self.published = self.output.save(segment, self.prepare.data.train, progress, final=True, weights=weights)
+        self.output.preview(segment, step, weights)
 
     def _progress(self, feed: Feed, step: int) -> Progress:
         return Progress(step, feed.steps_per_epoch, feed.batches_per_epoch)

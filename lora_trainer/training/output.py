@@ -26,7 +26,7 @@ from lora_trainer.models.model import Model
 from lora_trainer.sampling import Recipe, generate
 from lora_trainer.training import randomness
 from lora_trainer.training.rescue import rescued
-from lora_trainer.training.segment import Segment, alpha_of, text_encoder_lr_of
+from lora_trainer.training.segment import Segment, State, alpha_of, text_encoder_lr_of
 
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
@@ -53,13 +53,23 @@ class Output:
     clock: Callable[[], float]
     painter: Painter | None = None
 
-    def save(self, segment: Segment, data: Prepared, progress: Progress, *, final: bool) -> list[Path]:
-        """Publish the LoRA as it is now; a final one with its config beside it. Raises OutputError."""
-        with segment.settled():
+    def save(
+        self, segment: Segment, data: Prepared, progress: Progress, *, final: bool, weights: State | None = None
+    ) -> list[Path]:
+        """Publish the LoRA as it is now, or was with `weights` at the step of `progress`; a final one with its config
+        beside it. Raises OutputError."""
+        with segment.settled(weights):
             return self._save(segment, data, progress, final=final)
 
+    def save_between(self, segment: Segment, data: Prepared, progress: Progress) -> None:
+        """An intermediate file; a run is not lost because one of them could not be written."""
+        try:
+            self.save(segment, data, progress, final=False)
+        except OutputError as error:
+            self.sink(Notice(text=f"step {progress.step} is not saved, training goes on: {error}", level="warning"))
+
     def _save(self, segment: Segment, data: Prepared, progress: Progress, *, final: bool) -> list[Path]:
-        stem = self.name if final else f"{self.name}-step{progress.step:08}"
+        stem = self.name if final else self.stem(progress.step)
         self.sink(Saving(step=progress.step))
         metadata = self._metadata(segment.model, data, progress)
         files: list[tuple[str, dict[str, Tensor]]] = []
@@ -76,6 +86,10 @@ class Output:
             self._keep_settings(stem)
         return paths
 
+    def stem(self, step: int) -> str:
+        """The name of an intermediate file."""
+        return f"{self.name}-step{step:08}"
+
     def _keep_settings(self, stem: str) -> None:
         """Beside the LoRA, whose header holds them too: a run does not fail because of them."""
         try:
@@ -89,8 +103,16 @@ class Output:
         except OutputError as error:
             raise (rescued(file, data, error) if final else error) from error.__cause__
 
-    def preview(self, segment: Segment, step: int) -> None:
-        """Draw the sample prompts with the LoRA as it is now. Raises OutputError."""
+    def preview(self, segment: Segment, step: int, weights: State | None = None) -> None:
+        """Draw the sample prompts with the LoRA as it is now, or was with `weights` at `step`. A run is not lost
+        because a picture does not fit beside it. Raises OutputError."""
+        try:
+            self._preview(segment, step, weights)
+        except torch.cuda.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            self.sink(Notice(text=f"step {step}: no preview, it does not fit into the memory", level="warning"))
+
+    def _preview(self, segment: Segment, step: int, weights: State | None) -> None:
         config = self.config
         if not config.sample_prompts:
             return
@@ -98,7 +120,7 @@ class Output:
         recipe = Recipe(
             (size, size), config.sample_steps, config.sample_guidance, config.sample_negative_prompt, config.seed
         )
-        with segment.settled():
+        with segment.settled(weights):
             self._publish_pictures(self._drawn(segment, recipe), step)
 
     def _publish_pictures(self, pictures: Iterator[Image], step: int) -> None:

@@ -34,6 +34,8 @@ FREE = frozenset(
             "save_steps",
             "checkpoint_every",
             "validate_every",
+            "save_best",
+            "early_stopping_patience",
             "log_with",
             "overwrite",
         ),

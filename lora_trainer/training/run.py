@@ -89,6 +89,5 @@ def _finished(job: Job, outcome: Outcome, seconds: float) -> Finished:
         steps=job.step,
         loss=job.loss,
         seconds=seconds,
-        validation_base=job.validation.base,
-        validation_lora=job.validation.lora,
+        **job.validation.summary(),
     )

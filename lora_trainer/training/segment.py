@@ -17,6 +17,7 @@ from lora_trainer.adapters.targets import select, select_text
 from lora_trainer.config import Config
 from lora_trainer.config.rules import ONE_RATE
 from lora_trainer.errors import ConfigError
+from lora_trainer.events import Started
 from lora_trainer.kernels.site import Site
 from lora_trainer.models.model import Model
 from lora_trainer.training import randomness
@@ -38,6 +39,8 @@ from lora_trainer.training.working import WorkingCopy
 
 # What a segment hands to the next one: `Snapshot.named`.
 State = Mapping[str, Tensor]
+# Before the names of weights as they would be saved, those of the best step.
+BEST = "best"
 # Free memory that a generation can be expected to need.
 ROOM = 6 * 1024**3
 
@@ -103,15 +106,46 @@ class Segment:
         self.restore(state)
 
     @contextmanager
-    def settled(self) -> Iterator[None]:
+    def settled(self, weights: State | None = None) -> Iterator[None]:
         """The weights as they are saved, drawn and judged: averaged over steps where the optimizer or `ema_decay` does
-        that. Training goes on from the very weights it had."""
+        that, or `weights` (after BEST) that once were so. Training goes on from the very weights it had."""
+        masters = self.trainables.masters
+        before = None if weights is None else masters.clone()
         try:
-            with self.optimizer.settled(self.trainables.masters):
+            with self.optimizer.settled(masters):
+                if weights is not None:
+                    restore(weights, {BEST: masters}, self.trainables.slots)
                 self.working.refresh()
                 yield
         finally:
+            if before is not None:
+                masters.copy_(before)
             self.working.refresh()
+
+    @contextmanager
+    def base(self) -> Iterator[None]:
+        """The networks as they are without what is trained."""
+        with ExitStack() as stack:
+            for adapter in self.adapters.values():
+                stack.enter_context(adapter.weight(0.0))
+            yield
+
+    def started(self, name: str, images: int, steps: int) -> Started:
+        """What is said before the first step."""
+        config, facts = self.config, self.model.facts
+        return Started(
+            name=name,
+            device=str(facts.device),
+            precision=str(self.network.precision.compute).removeprefix("torch."),
+            images=images,
+            steps=steps,
+            epochs=config.epochs,
+            effective_batch=config.batch_size * config.gradient_accumulation_steps,
+            trainable=self.trainables.count,
+            total=self.base_count,
+            modules=self.modules,
+            scale=alpha_of(config) / config.lora_rank,
+        )
 
     @property
     def notices(self) -> tuple[str, ...]:

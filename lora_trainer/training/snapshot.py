@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,12 +16,13 @@ class Snapshot:
     """Copies of a segment's live tensors, as they were between two updates.
 
     Buffers of one dimension, as long as the flat masters, are cut into parameters, so that a state does not depend on
-    how they lie.
+    how they lie. `beside`: what goes with them, in the form of `named`.
     """
 
     copies: Mapping[str, Tensor]
     slots: Sequence[Slot]
     wait: Callable[[], object]
+    beside: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, live: Mapping[str, Tensor], slots: Sequence[Slot]) -> Snapshot:
@@ -39,7 +40,8 @@ class Snapshot:
     def named(self) -> dict[str, Tensor]:
         """Each tensor as `name/parameter` (a flat buffer) or whole as `name`."""
         self.wait()
-        return {key: tensor for name, copy in self.copies.items() for key, tensor in cut(name, copy, self.slots)}
+        own = {key: tensor for name, copy in self.copies.items() for key, tensor in cut(name, copy, self.slots)}
+        return {**own, **self.beside}
 
 
 def restore(named: Mapping[str, Tensor], live: Mapping[str, Tensor], slots: Sequence[Slot]) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from lora_trainer import __version__
 from lora_trainer.adapters.writer import in_parts
+from lora_trainer.curve import Point
 from lora_trainer.errors import OutputError
 from lora_trainer.events import Finished
 from lora_trainer.files import publish, remove, sweep_folder
@@ -37,7 +38,8 @@ _FACTS, _HASH = "lora_trainer_state", "sha256"
 
 class Facts(msgspec.Struct, frozen=True, kw_only=True):
     """What a state says beside its tensors. `base` and `data` tell what the run began with; `losses` are those of the
-    window that the mean is taken over; `checkpointing` and `parts` are the rung of the memory ladder."""
+    window that the mean is taken over; `curve` is what was measured, and the weights at its best are among the tensors;
+    `checkpointing` and `parts` are the rung of the memory ladder."""
 
     version: int = VERSION
     step: int
@@ -48,8 +50,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     data: str
     losses: list[float]
     rollbacks: int
-    validation_base: float | None
-    validation_lora: float | None
+    curve: list[Point] = []
     checkpointing: int
     parts: int
     tier: str

@@ -11,6 +11,8 @@ from lora_trainer.dataset.items import Item
 from lora_trainer.logs import in_words
 from lora_trainer.training.data import Items
 from lora_trainer.training.forecast import Need
+from lora_trainer.training.judging import interval
+from lora_trainer.training.validation import draws_of
 
 IMAGES = 8
 STEPS = 4
@@ -27,6 +29,7 @@ def shorten(config: Config, items: Items) -> tuple[Config, Items]:
         lr_warmup_ratio=0.0,
         save_steps=0,
         validate_every=0,
+        early_stopping_patience=0,
         sample_every=0,
         sample_prompts=config.sample_prompts[:1],
     )
@@ -40,7 +43,7 @@ def _pick(items: Sequence[Item]) -> tuple[Item, ...]:
 
 @dataclass
 class Measured:
-    """Seconds an image for preparing, an update for training, a held-out image for validating; on a GPU the need."""
+    """Seconds an image for preparing, an update for training, a pair for validating; on a GPU the need."""
 
     prepare: float = 0.0
     step: float = 0.0
@@ -53,9 +56,12 @@ def forecast(config: Config, items: Items, measured: Measured) -> str:
     shown = sum(item.repeats for item in items.train) * (1 + len(config.extra_resolutions))
     micro_batches = math.ceil(shown / config.batch_size)
     steps = config.max_train_steps or config.epochs * math.ceil(micro_batches / config.gradient_accumulation_steps)
-    validations = 2 + (steps // config.validate_every if config.validate_every else 0)
+    measured_on = (items.held_out, items.train[: len(items.held_out)])
+    pairs = sum(draws_of(len(part), config.validation_draws) for part in measured_on)
+    every = interval(config, pairs, steps)
+    validations = 2 + (steps // every if every else 0)
     prepare = measured.prepare * (len(items.train) + len(items.held_out))
-    validate = measured.validate * len(items.held_out) * validations
+    validate = measured.validate * pairs * validations
     train = measured.step * steps
     parts = [f"preparing {in_words(prepare)}", f"training {in_words(train)}"]
     if items.held_out:

@@ -1,4 +1,4 @@
-"""The loss curve as a small SVG of our own: no script, no library, colors from the page's theme."""
+"""Curves as small SVGs of our own: no script, no library, colors from the page's theme."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ MAX_POINTS = 300
 _MARGIN = 6
 
 Point = tuple[float, float]
+# First and last step, lowest and highest value.
+Span = tuple[float, float, float, float]
 
 
 def smooth(points: Sequence[Point], window: float = 20.0) -> list[Point]:
@@ -26,38 +28,66 @@ def finite(points: Sequence[Point]) -> list[Point]:
     return [(x, y) for x, y in points if math.isfinite(y)]
 
 
-def curve(losses: Sequence[Point], held_out: Sequence[Point] = ()) -> str:
-    """Each loss faintly, their running mean boldly, the held-out loss dashed; empty under two points.
+def curve(losses: Sequence[Point]) -> str:
+    """Each loss faintly, their running mean boldly; empty under two points.
 
     Diffusion losses jump with the noise level, so the axis covers the middle 96 % of them.
     """
-    points, measured = finite(losses), finite(held_out)
+    points = finite(losses)
     if len(points) < 2:
         return ""
     trend = smooth(points)
     values = sorted(y for _, y in points)
     cut = len(values) // 50
-    inside = [*values[cut : len(values) - cut], *(y for _, y in (*trend, *measured))]
-    low, high = min(inside), max(inside)
-    steps = [x for x, _ in (points[0], points[-1], *measured)]
-    span = (min(steps), max(steps), low, high)
+    inside = [*values[cut : len(values) - cut], *(y for _, y in trend)]
+    span = (points[0][0], points[-1][0], min(inside), max(inside))
     lines = [_line(points, span, "lt-each"), _line(trend, span, "lt-trend")]
-    if len(measured) > 1:
-        lines.append(_line(measured, span, "lt-held-out"))
     return (
-        f'<svg class="lt-curve" viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none" role="img" '
-        f'aria-label="Loss from {trend[0][1]:.4f} to {trend[-1][1]:.4f}">{"".join(lines)}</svg>'
-        f'<span class="lt-high">{high:.3g}</span><span class="lt-low">{low:.3g}</span>'
+        f"{_svg(lines, f'Loss from {trend[0][1]:.4f} to {trend[-1][1]:.4f}')}"
+        f'<span class="lt-high">{span[3]:.3g}</span><span class="lt-low">{span[2]:.3g}</span>'
     )
 
 
-def _line(points: Sequence[Point], span: tuple[float, float, float, float], name: str) -> str:
+def judged(held_out: Sequence[Point], train: Sequence[Point], mark: Point | None) -> str:
+    """How far losses are from those of the base model, as shares of it (-0.3 is 30 % lower): held-out pictures boldly,
+    training pictures dashed, the base as a line at zero, and a dot at `mark`; empty under two points."""
+    lines_of = {"lt-held-out": finite(held_out), "lt-watched": finite(train)}
+    points = [point for line in lines_of.values() for point in line]
+    if len(lines_of["lt-held-out"]) < 2:
+        return ""
+    steps, shares = [x for x, _ in points], [0.0, *(y for _, y in points)]
+    span = (min(steps), max(steps), min(shares), max(shares))
+    lines = [_line([(span[0], 0.0), (span[1], 0.0)], span, "lt-zero")]
+    lines += [_line(line, span, name) for name, line in lines_of.items() if len(line) > 1]
+    dot = ""
+    if mark is not None:
+        across, down = _place(mark, span)
+        dot = f'<span class="lt-best" style="left:{across / WIDTH:.1%};top:{down / HEIGHT:.1%}"></span>'
+    words = f"Held-out loss against the base model, now {lines_of['lt-held-out'][-1][1]:+.0%}"
+    top = _place((span[0], 0.0), span)[1] / HEIGHT
+    low = f'<span class="lt-low">{span[2]:+.0%}</span>' if top < 0.85 else ""
+    high = f'<span class="lt-high">{span[3]:+.0%}</span>' if top > 0.15 else ""
+    zero = f'<span class="lt-zero" style="top:{top:.1%}">base</span>'
+    return f'<div class="lt-plot">{_svg(lines, words)}{dot}</div>{zero}{high}{low}'
+
+
+def _svg(lines: Sequence[str], words: str) -> str:
+    return (
+        f'<svg class="lt-curve" viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none" role="img" '
+        f'aria-label="{words}">{"".join(lines)}</svg>'
+    )
+
+
+def _place(point: Point, span: Span) -> Point:
+    """Where a point lies in the picture."""
     left, right, low, high = span
     wide, tall = (right - left) or 1, (high - low) or 1
+    across = (point[0] - left) / wide * WIDTH
+    return across, _MARGIN + (1 - (min(max(point[1], low), high) - low) / tall) * (HEIGHT - 2 * _MARGIN)
+
+
+def _line(points: Sequence[Point], span: Span, name: str) -> str:
     every = -(-len(points) // MAX_POINTS)
-    spots = []
-    for x, y in (*points[:-1:every], points[-1]):
-        across = (x - left) / wide * WIDTH
-        down = _MARGIN + (1 - (min(max(y, low), high) - low) / tall) * (HEIGHT - 2 * _MARGIN)
-        spots.append(f"{across:.1f},{down:.1f}")
-    return f'<polyline class="{name}" points="{" ".join(spots)}" vector-effect="non-scaling-stroke"/>'
+    spots = (_place(point, span) for point in (*points[:-1:every], points[-1]))
+    corners = " ".join(f"{across:.1f},{down:.1f}" for across, down in spots)
+    return f'<polyline class="{name}" points="{corners}" vector-effect="non-scaling-stroke"/>'

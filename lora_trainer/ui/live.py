@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from lora_trainer.ui.chart import curve, finite, smooth
+from lora_trainer.ui.judgement import judgement
 from lora_trainer.ui.words import advice, duration, lines, memory, problem, safe, step_time
 
 if TYPE_CHECKING:
@@ -55,7 +56,14 @@ def panel(job: JobView | None, *, stopping: Collection[str] = ()) -> str:
     """Where the job stands: state, bar, curve, numbers, and what went wrong."""
     if job is None:
         return '<div class="lt-panel lt-empty">Name a folder of pictures and press Train.<br>Progress shows here.</div>'
-    parts = [_head(job, stopping), _bar(job, stopping), _error(job), _curve(job), _numbers(job)]
+    parts = [
+        _head(job, stopping),
+        _bar(job, stopping),
+        _error(job),
+        _curve(job),
+        judgement(job.validations),
+        _numbers(job),
+    ]
     return f'<div class="lt-panel">{"".join(parts)}</div>'
 
 
@@ -159,13 +167,10 @@ def _error(job: JobView) -> str:
 
 
 def _curve(job: JobView) -> str:
-    held_out = [(step, lora) for step, _, lora in job.validations]
-    svg = curve(job.losses, held_out)
+    svg = curve(job.losses)
     if not svg:
         return ""
     legend = '<span class="lt-key lt-key-trend">loss, smoothed</span>'
-    if len(held_out) > 1:
-        legend += '<span class="lt-key lt-key-held-out">held-out loss</span>'
     return f'<div class="lt-chart">{svg}</div><div class="lt-legend">{legend}</div>'
 
 
@@ -175,9 +180,7 @@ def _numbers(job: JobView) -> str:
     if losses:
         tiles.append(("Loss", f"{smooth(losses)[-1][1]:.4f}"))
     if job.validations:
-        _, base, lora = job.validations[-1]
-        change = f" ({lora / base - 1:+.0%})" if base and len(job.validations) > 1 else ""
-        tiles.append(("Held-out loss", f"{lora:.4f}{change}"))
+        tiles.append(("Held-out loss", f"{job.validations[-1].lora:.4f}"))
     if job.seconds_per_step is not None:
         tiles.append(("A step takes", step_time(job.seconds_per_step)))
     if job.learning_rate is not None:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 from hypothesis import strategies as st
 
+from lora_trainer.curve import Point
 from lora_trainer.jobs.view import JobView
 from lora_trainer.ui import fields, live
 from lora_trainer.ui.handlers import Handlers
@@ -136,7 +137,7 @@ JOBS = st.builds(
     step=st.integers(0, 10**6),
     steps=st.none() | st.integers(0, 10**6),
     losses=LOSSES,
-    validations=st.lists(st.tuples(st.integers(0, 9), st.floats(0, 2), st.floats(0, 2)), max_size=4).map(tuple),
+    validations=st.lists(st.builds(Point, st.integers(0, 9), *[st.floats(0, 2)] * 4), max_size=4).map(tuple),
     learning_rate=st.none() | st.floats(0, 1),
     log=st.lists(WORDS, max_size=5).map(tuple),
     output=st.lists(WORDS.map("{}.safetensors".format) | WORDS, max_size=3).map(tuple),

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from lora_trainer.config import Config
+from lora_trainer.curve import Point
 from lora_trainer.errors import DataError, OutputError
 from lora_trainer.events import Finished, Notice, Progress, Saved, StepDone, Validated
 from lora_trainer.jobs.fold import MOST_LOSSES, Changed, Told, fold
@@ -299,7 +300,7 @@ def test_a_step_that_comes_again_takes_the_place_of_what_came_after_it():
     assert view.losses == ((1, 1), (2, 2), (3, 9))
     view = fold(view, Told(1.0, Validated(step=4, base=0.5, lora=0.3)))
     view = fold(view, Told(1.0, Saved(path="a-4", step=4, kind="checkpoint")))
-    assert (view.validations, view.output) == (((4, 0.5, 0.3),), ("a-4",))
+    assert (view.validations, view.output) == ((Point(4, 0.5, 0.3),), ("a-4",))
 
 
 def test_folding():
@@ -308,12 +309,12 @@ def test_folding():
         Changed(2.0, "preparing", "waiting for the WebUI"),
         Told(2.5, Progress(stage="encoding images", done=3, total=9)),
         Told(3.0, Notice(text="one picture is broken", level="warning")),
-        Told(4.0, Validated(step=0, base=0.5, lora=0.5)),
+        Told(4.0, Validated(step=0, base=0.5, lora=0.5, train=0.4, train_base=0.4)),
     ):
         view = fold(view, line)
     assert (view.state, view.stage, view.started) == ("preparing", "encoding images 3 of 9", 2.0)
     assert view.log[0] == "warning: one picture is broken"
-    assert view.validations == ((0, 0.5, 0.5),)
+    assert view.validations == (Point(0, 0.5, 0.5, 0.4, 0.4),)
     for number in range(1, 3 * MOST_LOSSES):
         view = fold(view, Told(5.0, step(number, steps=9999)))
     assert len(view.losses) <= MOST_LOSSES + 1

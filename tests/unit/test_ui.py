@@ -13,11 +13,13 @@ import pytest
 from lora_trainer.config.build import build as build_config
 from lora_trainer.config.options import options
 from lora_trainer.config.schema import GROUPS
+from lora_trainer.curve import Point
 from lora_trainer.doctor import Finding, Report
 from lora_trainer.errors import ConfigError, DataError
 from lora_trainer.ui import doctor, fields, live
-from lora_trainer.ui.chart import MAX_POINTS, curve, smooth
+from lora_trainer.ui.chart import MAX_POINTS, curve, judged, smooth
 from lora_trainer.ui.handlers import Handlers
+from lora_trainer.ui.judgement import judgement
 from lora_trainer.ui.ports import Checkpoint
 from lora_trainer.ui.screen import look, shown_job
 from lora_trainer.ui.words import advice, duration, memory, step_time
@@ -61,7 +63,7 @@ HALFWAY = {
     "learning_rate": 2e-4,
     "seconds_per_step": 0.186,
     "losses": tuple((step, 0.2 - step / 2000) for step in range(1, 121)),
-    "validations": ((0, 0.2, 0.2), (100, 0.2, 0.15)),
+    "validations": (Point(0, 0.2, 0.2, 0.1, 0.1), Point(100, 0.2, 0.15, 0.05, 0.1)),
     "eta": 754.0,
     "memory": 6 * 1024**3,
     "log": ("started", "step 100"),
@@ -283,7 +285,7 @@ def test_the_panel_says_how_far_it_is():
         assert words in html
     assert 'style="width:50.0%"' in html
     assert 'aria-valuenow="50"' in html
-    assert html.count("<polyline") == 3
+    assert html.count("<polyline") == 2 + 3
 
 
 def test_epochs_that_will_not_be_reached_are_not_promised():
@@ -335,7 +337,7 @@ def test_durations_and_sizes_in_words():
 
 def test_the_curve_is_bounded_and_survives_what_is_not_finite():
     losses = [(step, 0.1) for step in range(5000)] + [(5000, float("nan")), (5001, float("inf")), (5002, 1e9)]
-    html = curve(losses, [(0, 0.3), (5000, 0.2)])
+    html = curve(losses) + judged(losses, losses[:-2], (5, 0.1))
     assert "nan" not in html
     assert "inf" not in html
     assert max(len(points.split()) for points in re.findall(r'points="([^"]*)"', html)) <= MAX_POINTS + 1
@@ -347,6 +349,31 @@ def test_the_curve_is_bounded_and_survives_what_is_not_finite():
     assert all(0 <= x <= 600 and 0 <= y <= 160 for x, y in spots)
     assert curve([(1, 0.1)]) == ""
     assert curve([(1, 0.1), (1, 0.1)]) != ""
+
+
+def test_the_chart_says_when_it_was_best_and_warns_once_it_has_got_worse():
+    falling = [Point(0, 0.2, 0.2, 0.1, 0.1), Point(50, 0.2, 0.15, 0.06, 0.1), Point(100, 0.2, 0.14, 0.05, 0.1)]
+    html = judgement(falling)
+    assert "Best so far <b>now</b>: error 30% lower than without the LoRA." in html
+    assert "lt-warning" not in html
+    assert judgement(falling[:1]) == judgement([]) == ""
+    html = judgement([*falling, Point(150, 0.2, 0.16, 0.03, 0.1)])
+    assert "Best so far <b>at step 100</b>: error 30% lower than without the LoRA; at step 150 20% lower." in html
+    assert "Overfitting" in html
+    assert "Stop near step 100" in html
+    # Two lines that begin at the base's zero, and the dot at two thirds of the way, at the bottom of the held-out line.
+    lines = dict(re.findall(r'<polyline class="([^"]*)" points="([^"]*)"', html))
+    zero, held_out, watched = (lines[name].split() for name in ("lt-zero", "lt-held-out", "lt-watched"))
+    assert zero[0] == held_out[0] == watched[0] == "0.0,6.0"
+    left, top = map(float, re.findall(r'class="lt-best" style="left:([\d.]+)%;top:([\d.]+)%"', html)[0])
+    x, y = map(float, held_out[2].split(","))
+    assert (left, top) == (pytest.approx(x / 6, abs=0.1), pytest.approx(y / 1.6, abs=0.1))
+    assert y == max(float(spot.split(",")[1]) for spot in held_out)
+
+
+def test_a_chart_without_a_base_to_compare_with_is_none():
+    assert judgement([Point(0, 0.0, 0.0), Point(5, 0.0, 0.1)]) == ""
+    assert "lt-watched" not in judgement([Point(0, 0.2, 0.2), Point(5, 0.2, 0.1)])
 
 
 def test_the_smooth_line_starts_at_the_first_loss_and_follows():

@@ -1,0 +1,44 @@
+"""How the LoRA does on pictures that it does not train on, as HTML: a chart, when it was best, a warning in words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lora_trainer.curve import Point, best, warning
+from lora_trainer.ui.chart import judged
+from lora_trainer.ui.words import safe
+
+
+def judgement(curve: Sequence[Point]) -> str:
+    """Empty until two steps are measured."""
+    least = best(curve)
+    held_out = [(point.step, share(point.lora, point.base)) for point in curve if point.base]
+    train = [(point.step, share(point.train, point.train_base)) for point in curve if point.train and point.train_base]
+    mark = None if least is None or not least.base else (least.step, share(least.lora, least.base))
+    svg = judged(held_out, train, mark)
+    if not svg or mark is None:
+        return ""
+    now = curve[-1]
+    where = "now" if least.step == now.step else f"at step {least.step:,}"
+    words = f"Best so far <b>{where}</b>: error {_change(mark[1])} than without the LoRA"
+    if least.step != now.step:
+        words += f"; at step {now.step:,} {_change(share(now.lora, now.base))}"
+    told = warning(curve)
+    warned = f'<div class="lt-warning">{safe(told[0].upper() + told[1:])}.</div>' if told else ""
+    legend = '<span class="lt-key lt-key-held-out">pictures held out</span>'
+    if len(train) > 1:
+        legend += '<span class="lt-key lt-key-watched">training pictures</span>'
+    return (
+        f'<div class="lt-judged"><div class="lt-title">On pictures it does not train on</div>'
+        f'<div class="lt-verdict">{words}.</div>{warned}<div class="lt-chart">{svg}</div>'
+        f'<div class="lt-legend">{legend}<span class="lt-key-best">best</span></div></div>'
+    )
+
+
+def share(loss: float, base: float) -> float:
+    """How far `loss` is above (or below) that of the base, as a share of it."""
+    return loss / base - 1
+
+
+def _change(change: float) -> str:
+    return f"{abs(change):.0%} {'lower' if change <= 0 else 'higher'}"
