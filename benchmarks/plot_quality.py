@@ -1,6 +1,6 @@
 """Draws what settings are worth: the held-out losses that `benchmarks.quality` prints, as a picture and a table.
 
-usage: python -m benchmarks.plot_quality RESULTS.jsonl ...     writes docs/defaults.svg and the table of docs/defaults.md
+usage: python -m benchmarks.plot_quality RESULTS.jsonl ...  writes docs/defaults.svg and the table of docs/defaults.md
 
 A run's value is its held-out loss as a share of the base model's, so that styles can be averaged.
 """
