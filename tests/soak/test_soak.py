@@ -12,6 +12,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+import numpy as np
 import pytest
 
 from tests.soak import readings
@@ -28,24 +29,24 @@ ROUND = len(KINDS)
 pytestmark = pytest.mark.skipif(not readings.available(), reason="needs Linux with glibc 2.33")
 
 
-def soak(one_round: Callable[[int], object], rounds: int, warm_up: int) -> list[tuple[float, ...]]:
-    """A Reading after the last round of the warm-up and each that follows."""
-    taken = []
+def soak(one_round: Callable[[int], object], rounds: int, warm_up: int) -> np.ndarray:
+    """A Reading after the last round of the warm-up and each that follows, [readings, fields]."""
+    # Made beforehand, so that keeping them is no growth.
+    taken = np.zeros((rounds - warm_up + 1, len(Reading._fields)), np.int64)
     with readings.frozen():
         for number in range(rounds):
             one_round(number)
             if number >= warm_up - 1:
-                # As plain tuples, which the garbage collector does not count.
-                taken.append(tuple(readings.take()))
+                taken[number - warm_up + 1] = readings.take()
     return taken
 
 
-def slopes(taken: Sequence[Sequence[float]]) -> dict[str, Slope]:
+def slopes(taken: Sequence[Sequence[float]] | np.ndarray) -> dict[str, Slope]:
     """Of each figure of a Reading, a job."""
     jobs = [ROUND * index for index in range(len(taken))]
     return {
         name: readings.slope(jobs, figures)
-        for name, figures in zip(Reading._fields, zip(*taken, strict=True), strict=True)
+        for name, figures in zip(Reading._fields, np.transpose(taken).tolist(), strict=True)
     }
 
 
