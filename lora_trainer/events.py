@@ -77,6 +77,15 @@ class Validated(Event, tag="validated"):
     train_base: float | None = None
 
 
+class Compared(Event, tag="compared"):
+    """Fidelity against drift. `likeness`: of pictures that are drawn now to real ones, 0 as the base's, 1 as real ones
+    are to each other; `drift`: how far other prompts have moved from the base, as a share of its own scale."""
+
+    step: int
+    likeness: float
+    drift: float
+
+
 class Saving(Event, tag="saving"):
     """The LoRA is about to be written."""
 
@@ -107,7 +116,7 @@ class Finished(Event, tag="finished"):
     overfit: bool = False
 
 
-AnyEvent = Notice | Progress | Started | Forecast | StepDone | Validated | Saving | Saved | Finished
+AnyEvent = Notice | Progress | Started | Forecast | StepDone | Validated | Compared | Saving | Saved | Finished
 
 
 class EventSink(Protocol):

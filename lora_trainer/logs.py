@@ -16,6 +16,7 @@ from tqdm import tqdm
 from lora_trainer.errors import ConfigError, printable
 from lora_trainer.events import (
     AnyEvent,
+    Compared,
     EventSink,
     Finished,
     Forecast,
@@ -43,7 +44,7 @@ def fan_out(*sinks: EventSink) -> Iterator[EventSink]:
 
 
 class CsvLog:
-    """`steps.csv` and `validation.csv` in `folder`, a line as it happens; none where it cannot be written.
+    """`steps.csv`, `validation.csv` and `drift.csv` in `folder`, a line as it happens; none where it cannot be written.
 
     With `goes_on` what an earlier process wrote stays. A step that comes again takes its line's and all later ones'
     place.
@@ -51,6 +52,7 @@ class CsvLog:
 
     STEPS = ("step", "epoch", "loss", "learning_rate", "grad_norm", "seconds")
     VALIDATION = ("step", "base", "lora", "train", "train_base")
+    DRIFT = ("step", "likeness", "drift")
 
     def __init__(self, folder: Path, goes_on: bool = False) -> None:
         self.folder, self.goes_on = folder, goes_on
@@ -62,6 +64,8 @@ class CsvLog:
             self._write("steps.csv", self.STEPS, event)
         elif isinstance(event, Validated):
             self._write("validation.csv", self.VALIDATION, event)
+        elif isinstance(event, Compared):
+            self._write("drift.csv", self.DRIFT, event)
 
     def close(self) -> None:
         for file in self._files.values():
@@ -69,7 +73,7 @@ class CsvLog:
                 file.close()
         self._files.clear()
 
-    def _write(self, name: str, fields: tuple[str, ...], event: StepDone | Validated) -> None:
+    def _write(self, name: str, fields: tuple[str, ...], event: StepDone | Validated | Compared) -> None:
         try:
             if name not in self._files or event.step <= self._last[name]:
                 self._open(name, fields, event.step)
@@ -126,6 +130,9 @@ class TensorBoardLog:
             self._writer.add_scalar("validation/loss", event.lora, event.step)
             if event.train is not None:
                 self._writer.add_scalar("validation/train", event.train, event.step)
+        elif isinstance(event, Compared):
+            self._writer.add_scalar("validation/likeness", event.likeness, event.step)
+            self._writer.add_scalar("validation/drift", event.drift, event.step)
 
     def close(self) -> None:
         self._writer.close()
@@ -217,6 +224,11 @@ def sentences(event: AnyEvent) -> Iterator[str]:
         yield f"{memory}about {in_words(event.seconds)}"
     elif isinstance(event, Validated):
         yield f"step {event.step}: held-out loss {_against(event.lora, event.base, event.step)}{_beside(event)}"
+    elif isinstance(event, Compared) and event.step:
+        yield (
+            f"step {event.step}: drawings are {event.likeness:.0%} of the way to the training pictures, other prompts "
+            f"changed by {event.drift:.1%}"
+        )
     elif isinstance(event, Saved):
         yield f"saved {event.path}"
     elif isinstance(event, Finished):

@@ -62,7 +62,7 @@ def start(recipe: Recipe, shape: tuple[int, int, int]) -> Tensor:
 def denoise(model: Model, prompt: str, recipe: Recipe, precision: Precision) -> Tensor:
     """The finished latents of one prompt, [1, 4, h, w] float32."""
     device = model.facts.device
-    context = _contexts(model, [recipe.negative, prompt])
+    context = contexts(model, [recipe.negative, prompt])
     ddim = scheduler(model.noise)
     ddim.set_timesteps(recipe.steps)
     x = start(recipe, latent_shape(model.vae, *recipe.size)).to(device)
@@ -76,8 +76,9 @@ def denoise(model: Model, prompt: str, recipe: Recipe, precision: Precision) -> 
     return x
 
 
-def _contexts(model: Model, prompts: Sequence[str]) -> Tensor:
-    """[len(prompts), 77 n, width]: shorter ones are filled up with the empty prompt's chunks."""
+@torch.no_grad()
+def contexts(model: Model, prompts: Sequence[str]) -> Tensor:
+    """Embeddings [len(prompts), 77 n, width]: shorter ones are filled up with the empty prompt's chunks."""
     device = model.facts.device
     ids = [model.text.tokenize(prompt) for prompt in prompts]
     chunks = max(part.shape[0] for part in ids)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 PREFIX = "/lora-trainer/v1"
 MAX_BODY = 1024 * 1024
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
-_DETAILS = {"losses", "validations", "log", "settings", "details"}
+_DETAILS = {"losses", "validations", "comparisons", "log", "settings", "details"}
 _LOGGER = logging.getLogger(__name__)
 
 

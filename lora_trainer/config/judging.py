@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated
 
+import msgspec
+
 from lora_trainer.config.declare import about
 from lora_trainer.config.learning import Learning
 
@@ -40,3 +42,10 @@ class Judging(Learning, frozen=True, kw_only=True, forbid_unknown_fields=True):
             PREVIEWS, "End after so many measurements without a lower held-out loss: 3 to 5; 0: never.", ge=0, le=1000
         ),
     ] = 0
+    measure_drift: Annotated[
+        bool,
+        about(PREVIEWS, "Also measure how like the pictures drawings become, and how much other prompts change."),
+    ] = False
+    drift_prompts: Annotated[
+        list[str], about(PREVIEWS, "The other prompts, which the LoRA should leave alone; a few usual ones when empty.")
+    ] = msgspec.field(default_factory=list)

@@ -34,6 +34,11 @@ def _validation(config: Config) -> Iterator[str]:
             yield f"{key}: expected validation_data_dir or validation_split beside it, found neither"
 
 
+def _drift(config: Config) -> Iterator[str]:
+    if config.drift_prompts and not config.measure_drift:
+        yield "drift_prompts: expected measure_drift beside them, found it switched off"
+
+
 def _previews(config: Config) -> Iterator[str]:
     if config.sample_every and not config.sample_prompts:
         yield "sample_every: expected sample_prompts beside it, found none"
@@ -141,6 +146,7 @@ RULES = (
     _paths,
     _concepts,
     _validation,
+    _drift,
     _previews,
     _text_encoder,
     _captions,

@@ -9,7 +9,18 @@ from typing import TypeVar
 import msgspec
 
 from lora_trainer.curve import Point
-from lora_trainer.events import AnyEvent, Finished, Forecast, Notice, Progress, Saved, Started, StepDone, Validated
+from lora_trainer.events import (
+    AnyEvent,
+    Compared,
+    Finished,
+    Forecast,
+    Notice,
+    Progress,
+    Saved,
+    Started,
+    StepDone,
+    Validated,
+)
 from lora_trainer.jobs.states import ENDED, State
 from lora_trainer.jobs.view import JobView
 from lora_trainer.logs import sentences
@@ -112,6 +123,12 @@ def _(event: StepDone, view: JobView) -> JobView:
 def _(event: Validated, view: JobView) -> JobView:
     point = Point(event.step, event.base, event.lora, event.train, event.train_base)
     return replace(view, validations=(*_before(view.validations, event.step), point))
+
+
+@_tell.register
+def _(event: Compared, view: JobView) -> JobView:
+    row = (event.step, event.likeness, event.drift)
+    return replace(view, comparisons=(*_before(view.comparisons, event.step), row))
 
 
 @_tell.register

@@ -14,7 +14,18 @@ import msgspec
 
 from lora_trainer.config import Config, build, output_name_of
 from lora_trainer.errors import DataError, OutputError, UserError
-from lora_trainer.events import AnyEvent, EventSink, Finished, Progress, Saved, Saving, Started, StepDone, Validated
+from lora_trainer.events import (
+    AnyEvent,
+    Compared,
+    EventSink,
+    Finished,
+    Progress,
+    Saved,
+    Saving,
+    Started,
+    StepDone,
+    Validated,
+)
 from lora_trainer.hosts.ports import Control
 from lora_trainer.jobs.control import JobControl
 from lora_trainer.jobs.fold import Changed, Told, fold
@@ -26,7 +37,7 @@ from lora_trainer.report import report
 # Runs a job, from where an earlier call left it.
 Work = Callable[[str, Config, EventSink, Control], Finished]
 # What is on disk before it shows; the rest is telemetry, which comes again when a run goes on from before it.
-LIFECYCLE = (Started, Saved, Validated, Finished)
+LIFECYCLE = (Started, Saved, Validated, Compared, Finished)
 FLUSH_SECONDS = 1.0
 _LOGGER = logging.getLogger(__name__)
 INTERRUPTED = "interrupted when the WebUI closed; Continue goes on where it was"

@@ -13,7 +13,7 @@ from lora_trainer.jobs.states import State
 class JobView:
     """Times are seconds since 1970, `eta` and `seconds_per_step` seconds, `memory` bytes held, `available`
     bytes there are for it. `losses` are (step, loss), thinned; `validations` (step, base, lora, train,
-    train_base); `output` has the finished LoRA first."""
+    train_base), `comparisons` (step, likeness, drift) as in `events.Compared`; `output` has the finished LoRA first."""
 
     id: str
     name: str
@@ -32,6 +32,7 @@ class JobView:
     seconds_per_step: float | None = None
     losses: tuple[tuple[int, float], ...] = ()
     validations: tuple[Point, ...] = ()
+    comparisons: tuple[tuple[int, float, float], ...] = ()
     eta: float | None = None
     memory: int | None = None
     available: int | None = None

@@ -21,6 +21,7 @@ from lora_trainer.training import resume
 from lora_trainer.training.boundary import Boundaries
 from lora_trainer.training.data import Items
 from lora_trainer.training.feed import Feed
+from lora_trainer.training.fidelity import Fidelity
 from lora_trainer.training.fit import Interrupted, Loop, Outcome, ask, fit
 from lora_trainer.training.forecast import FromFirstSteps
 from lora_trainer.training.judging import Validation
@@ -65,6 +66,7 @@ class Job:
         self._first_steps = FromFirstSteps(self.sink)
         self.prepare = Preparing(self.config, self.items, self.sink, self.control)
         self.validation = Validation(self.config, self.sink)
+        self.fidelity = Fidelity(self.config, self.sink)
         self.keeper = Keeper(self.begun.states, self.config.checkpoint_every, self.sink, self._facts)
         kept = self.begun.kept
         self.kernels = Kernels(self.config.kernels, kept.facts.tier if kept is not None else "")
@@ -136,7 +138,8 @@ class Job:
         outcome = self.prepare(model, lease)
         if outcome is not Outcome.DONE:
             return outcome
-        self.validation.look_at(self.prepare.data)
+        for measure in (self.validation, self.fidelity):
+            measure.look_at(self.prepare.data)
         feed = Feed(
             self.prepare.data.train.epoch,
             self.prepare.data.train.captions(model.text.tokens),
@@ -207,6 +210,7 @@ class Job:
             self.sink(Notice(text=notice))
         if self.step == 0:
             self.validation(segment, 0)
+            self.fidelity(segment, 0)
 
     def _rehearse(self, segment: Segment, feed: Feed, steps: int, lease: GpuLease) -> Outcome:
         """DONE when the steps can begin."""
@@ -230,8 +234,10 @@ class Job:
             watch=self.planning.watch(),
         )
         # The state comes last: whoever goes on from it need not do again what happened at its step.
+        validations = self.validation.every(steps)
         actions = (
-            (self.validation.every(steps), lambda step: self.validation(segment, step)),
+            (validations, lambda step: self.validation(segment, step)),
+            (self.fidelity.every(steps, validations), lambda step: self.fidelity(segment, step)),
             (config.save_steps, lambda step: self._save_between(segment, feed, step)),
             (config.sample_every, lambda step: self.output.preview(segment, step)),
             (self.keeper.due, lambda step: self._keep(segment, results, step)),
@@ -268,6 +274,7 @@ class Job:
         if self.step == 0:
             return
         self.validation(segment, self.step)
+        self.fidelity(segment, self.step)
         self.measured.prepare, self.measured.validate = self.prepare.seconds, self.validation.seconds
         # First: whoever is killed while it is published need only publish it again.
         self.keeper.keep_durably(self._snapshot(segment), self.step)

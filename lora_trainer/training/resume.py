@@ -35,6 +35,8 @@ FREE = frozenset(
             "checkpoint_every",
             "validate_every",
             "save_best",
+            "measure_drift",
+            "drift_prompts",
             "early_stopping_patience",
             "log_with",
             "overwrite",

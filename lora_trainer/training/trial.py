@@ -30,6 +30,8 @@ def shorten(config: Config, items: Items) -> tuple[Config, Items]:
         save_steps=0,
         validate_every=0,
         early_stopping_patience=0,
+        measure_drift=False,
+        drift_prompts=[],
         sample_every=0,
         sample_prompts=config.sample_prompts[:1],
     )

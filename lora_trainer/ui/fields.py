@@ -73,6 +73,8 @@ _LABELS = {
     "validation_draws": "Measurements each time",
     "save_best": "Save the best step",
     "early_stopping_patience": "Patience of early stopping",
+    "measure_drift": "Compare with other prompts",
+    "drift_prompts": "Other prompts",
     "sample_every": "Draw every so many steps",
     "sample_steps": "Denoising steps of a drawing",
     "sample_guidance": "Guidance of a drawing",

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from lora_trainer.curve import Point, best, warning
 from lora_trainer.ui.chart import judged
 from lora_trainer.ui.words import safe
+
+if TYPE_CHECKING:
+    from lora_trainer.jobs.view import JobView
+
+# Rows of the table.
+ROWS = 6
 
 
 def judgement(curve: Sequence[Point]) -> str:
@@ -33,6 +40,30 @@ def judgement(curve: Sequence[Point]) -> str:
         f'<div class="lt-verdict">{words}.</div>{warned}<div class="lt-chart">{svg}</div>'
         f'<div class="lt-legend">{legend}<span class="lt-key-best">best</span></div></div>'
     )
+
+
+def comparison(job: JobView) -> str:
+    """A table of how near drawings are to the pictures, and how much other prompts have changed, the best step boldly;
+    empty until a step is measured."""
+    measured = [row for row in job.comparisons if row[0] > 0]
+    if not measured:
+        return ""
+    every = -(-len(measured) // ROWS)
+    least = best(job.validations)
+    near = None if least is None else min(measured, key=lambda row: abs(row[0] - least.step))[0]
+    shown = [row for at, row in enumerate(reversed(measured)) if at % every == 0 or row[0] == near][::-1]
+    rows = "".join(_row(*row, marked=row[0] == near) for row in shown)
+    return (
+        '<table class="lt-compared"><thead><tr><th>Step</th><th>Like the training pictures</th>'
+        f"<th>Other prompts changed</th></tr></thead><tbody>{rows}</tbody></table>"
+        '<div class="lt-note">0 % is as without the LoRA. Good is much on the left and little on the right.</div>'
+    )
+
+
+def _row(step: int, likeness: float, drift: float, *, marked: bool) -> str:
+    kind = ' class="lt-marked"' if marked else ""
+    bar = f'<span class="lt-likeness"><span style="width:{min(max(likeness, 0.0), 1.0):.0%}"></span></span>'
+    return f"<tr{kind}><td>{step:,}</td><td>{bar}{likeness:.0%}</td><td>{drift:.1%}</td></tr>"
 
 
 def share(loss: float, base: float) -> float:

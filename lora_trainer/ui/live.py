@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from lora_trainer.ui.chart import curve, finite, smooth
-from lora_trainer.ui.judgement import judgement
+from lora_trainer.ui.judgement import comparison, judgement
 from lora_trainer.ui.words import advice, duration, lines, memory, problem, safe, step_time
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ def panel(job: JobView | None, *, stopping: Collection[str] = ()) -> str:
         _error(job),
         _curve(job),
         judgement(job.validations),
+        comparison(job),
         _numbers(job),
     ]
     return f'<div class="lt-panel">{"".join(parts)}</div>'

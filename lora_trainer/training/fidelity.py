@@ -1,0 +1,162 @@
+"""Fidelity against drift: how near drawn pictures come to the real ones, and how far other prompts have moved.
+
+Both with few fixed draws and the model itself, in latents: nothing is decoded or downloaded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lora_trainer.config import Config
+from lora_trainer.dataset.samples import Sample
+from lora_trainer.events import Compared, EventSink, Notice, Progress
+from lora_trainer.sampling import contexts
+from lora_trainer.training import randomness
+from lora_trainer.training.data import TrainingData
+from lora_trainer.training.judging import PASSES, SHARE, watched
+from lora_trainer.training.looks import answer, drawn, features
+from lora_trainer.training.segment import Segment
+
+# What most models know, none of it a style.
+PROMPTS = (
+    "a photo of a dog",
+    "a house by a lake",
+    "portrait of a woman",
+    "a red car in a street",
+    "a bowl of fruit on a table",
+    "a tree on a hill",
+)
+# Pictures that are drawn, in so few steps, and real ones that they are compared with.
+PICTURES, STEPS, REAL = 8, 6, 24
+# Not the run's, as in `validation.Validator`.
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Base:
+    """What does not change over a run: the base's way with other prompts (timestep, shown, answered; on the CPU), what
+    it sees in real pictures [n, C], and how far its own pictures are from those."""
+
+    way: Sequence[tuple[int, Tensor, Tensor]]
+    real: Tensor
+    distance: float
+
+
+@dataclass
+class Fidelity:
+    """Measures a run at its steps, where `measure_drift` asks for it."""
+
+    config: Config
+    sink: EventSink
+    _reference: list[Sample] = field(default_factory=list, init=False)
+    _base: Base | None = field(default=None, init=False)
+
+    def look_at(self, data: TrainingData) -> None:
+        """Real pictures of one shape: held-out ones, whose captions were never trained, else training pictures."""
+        if not self.config.measure_drift:
+            return
+        samples = data.held_out.samples if data.held_out else ()
+        if len(samples) < PICTURES:
+            samples = [*samples, *watched(data.train, REAL, self.config.seed)]
+        shapes = [sample.latents.shape[1:] for sample in samples]
+        usual = max(shapes, key=shapes.count)
+        same = [sample for sample in samples if sample.latents.shape[1:] == usual]
+        self._reference = same[:: math.ceil(len(same) / REAL)]
+
+    @property
+    def prompts(self) -> Sequence[str]:
+        return self.config.drift_prompts or PROMPTS
+
+    @property
+    def passes(self) -> int:
+        """Forward passes of one measurement."""
+        return len(self.prompts) * STEPS + self._drawn * (STEPS + 1)
+
+    @property
+    def _drawn(self) -> int:
+        return min(PICTURES, len(self._reference))
+
+    def every(self, steps: int, validations: int) -> int:
+        """Steps between two measurements in a run of `steps`, a multiple of those between two `validations`, so that
+        all take at most SHARE of its time; 0: only at the end."""
+        if not self._reference:
+            return 0
+        budget = SHARE * steps * self.config.batch_size * self.config.gradient_accumulation_steps * PASSES
+        # Before the first step as much, and the real pictures; and once at the end.
+        count = int((budget - len(self._reference)) / self.passes) - 2
+        if count < 1:
+            return 0
+        stride = max(1, validations)
+        return math.ceil(steps / (count + 1) / stride) * stride
+
+    def __call__(self, segment: Segment, step: int) -> None:
+        """Measure and tell; a run is not lost because it does not fit into the memory."""
+        if not self._reference:
+            return
+        self.sink(Progress(stage="comparing", done=0, total=1))
+        try:
+            with segment.settled():
+                if self._base is None:
+                    with segment.base():
+                        self._base = self._of_base(segment)
+                drift = self._drift(segment) if step else 0.0
+                likeness = 1 - self._distance(segment, self._base.real) / self._base.distance if step else 0.0
+        except torch.cuda.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            self.sink(Notice(text=f"step {step}: drift not measured, it does not fit into the memory", level="warning"))
+            return
+        self.sink(Progress(stage="comparing", done=1, total=1))
+        self.sink(Compared(step=step, likeness=likeness, drift=drift))
+
+    def _of_base(self, segment: Segment) -> Base:
+        x = self._noise(segment, "drift", len(self.prompts))
+        way = drawn(segment.judge, x, contexts(segment.model, self.prompts), STEPS).way
+        latents = torch.stack([sample.latents[0] for sample in self._reference])
+        real = self._seen(segment, latents.to(x.device))
+        on_host = [(t, shown.cpu(), answered.cpu()) for t, shown, answered in way]
+        return Base(on_host, real, self._distance(segment, real))
+
+    def _drift(self, segment: Segment) -> float:
+        """How far answers to other prompts are from the base's, squared, as a share of the base's own; at the places to
+        which the base's own way leads."""
+        context = contexts(segment.model, self.prompts)
+        moved = whole = 0.0
+        for t, shown, answered in self._base.way:
+            there = answered.to(context.device)
+            moved += (answer(segment.judge, shown.to(context.device), t, context) - there).square().sum().item()
+            whole += there.square().sum().item()
+        return moved / whole
+
+    def _distance(self, segment: Segment, real: Tensor) -> float:
+        """How far the pictures that are drawn now, for captions of the real ones, are from those."""
+        captions = [sample.item.caption.split("\n")[0] for sample in self._reference[: self._drawn]]
+        x = self._noise(segment, "fidelity", self._drawn)
+        latents = drawn(segment.judge, x, contexts(segment.model, captions), STEPS).latents
+        return distance(self._seen(segment, latents), real)
+
+    def _seen(self, segment: Segment, latents: Tensor) -> Tensor:
+        """By the base, whatever has been learned."""
+        with segment.base():
+            context = contexts(segment.model, [""]).expand(len(latents), -1, -1)
+            return features(segment.judge, latents, self._noise(segment, "seen", len(latents)), context)
+
+    def _noise(self, segment: Segment, purpose: str, count: int) -> Tensor:
+        shape = tuple(self._reference[0].latents.shape[1:])
+        return randomness.normal(SEED, purpose, range(count), shape).to(segment.model.facts.device)
+
+
+def distance(drawn: Tensor, real: Tensor) -> float:
+    """The energy distance (Székely & Rizzo 2013) of [n, C] features to [m, C], each feature in the real ones' standard
+    deviations; without bias, so that few pictures are on average as far as many."""
+    mean, scale = real.mean(dim=0), real.std(dim=0).clamp(min=1e-6)
+    x, y = ((seen - mean) / scale for seen in (drawn, real))
+
+    def within(z: Tensor) -> Tensor:
+        return torch.cdist(z, z).sum() / (len(z) * (len(z) - 1))
+
+    return (2 * torch.cdist(x, y).mean() - within(x) - within(y)).item()

@@ -1,0 +1,137 @@
+"""Fidelity against drift: what is measured, against what, how often, and where it is told."""
+
+from __future__ import annotations
+
+import csv
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lora_trainer.config import build
+from lora_trainer.curve import Point
+from lora_trainer.errors import ConfigError
+from lora_trainer.events import Compared, Notice
+from lora_trainer.hosts.standalone import train as train_here
+from lora_trainer.jobs.fold import Told, fold
+from lora_trainer.jobs.store import Head, first_view
+from lora_trainer.training import fidelity
+from lora_trainer.training.fidelity import PROMPTS, STEPS, Fidelity, distance
+from lora_trainer.training.judging import SHARE
+from lora_trainer.ui.judgement import comparison
+from tests.unit.test_resume import Run, at_step
+from tests.unit.test_run import of, train
+
+OFTEN = {"measure_drift": True, "drift_prompts": ["a dog", "a house"], "validation_split": 0.4, "epochs": 6}
+
+
+@pytest.fixture
+def often(monkeypatch):
+    """Measured every four steps, whatever that costs."""
+    monkeypatch.setattr(Fidelity, "every", lambda self, steps, validations: 4)
+    monkeypatch.setattr(fidelity, "PICTURES", 2)
+
+
+def test_the_distance_is_none_between_the_same_kind_of_pictures_and_grows_with_the_difference():
+    def pictures(seed: int, shift: float = 0.0, count: int = 200) -> torch.Tensor:
+        return torch.randn(count, 16, generator=torch.Generator().manual_seed(seed)) + shift
+
+    real = pictures(0)
+    assert abs(distance(pictures(1), real)) < 0.02
+    near, far = (distance(pictures(1, shift), real) for shift in (0.3, 1.0))
+    assert 0.02 < near < far
+    # Few pictures lie as far on average.
+    few = [distance(pictures(seed, 1.0, 8), real) for seed in range(50)]
+    assert sum(few) / len(few) == pytest.approx(far, rel=0.1)
+
+
+def test_a_run_begins_as_the_base_and_moves(settings, often):
+    events, _ = train(settings, **OFTEN, learning_rate=2e-2)
+    first, *others = of(events, Compared)
+    assert (first.step, first.likeness, first.drift) == (0, 0.0, 0.0)
+    assert [event.step for event in others] == [4, 8, 12]
+    assert 0 < others[0].drift < others[-1].drift
+    assert len({event.likeness for event in others}) == 3
+
+
+def test_measuring_changes_nothing_of_what_is_learned(settings, often):
+    _, without = train(settings, validation_split=0.4, epochs=6)
+    _, with_it = train(settings, **OFTEN)
+    from safetensors.torch import load
+
+    one, other = load(without), load(with_it)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_killed_run_measures_the_same(settings, often, tmp_path):
+    undisturbed, job = Run(settings), Run(settings)
+    undisturbed(output_dir=str(tmp_path / "undisturbed"), **OFTEN | {"train_text_encoder": True})
+    job.killed(at_step(6), **OFTEN | {"train_text_encoder": True})
+    job(**OFTEN | {"train_text_encoder": True})
+    assert job.of(Compared) == undisturbed.of(Compared)[-len(job.of(Compared)) :]
+    assert {event.step for event in job.of(Compared)} >= {8, 12}
+
+
+def test_it_costs_its_share_of_the_run_at_most(settings):
+    config = build(settings, {"measure_drift": True, "batch_size": 4})
+    measure = Fidelity(config, print)
+    assert measure.every(1000, 10) == 0
+    measure._reference = [SimpleNamespace()] * 24
+    assert measure.passes == len(PROMPTS) * STEPS + 8 * (STEPS + 1)
+    # Too short for more than the beginning and the end.
+    assert measure.every(100, 10) == 0
+    for steps in (1000, 5000):
+        every = measure.every(steps, 10)
+        assert every % 10 == 0
+        times = 2 + (steps - 1) // every
+        assert times > 2
+        assert times * measure.passes + 24 <= SHARE * steps * 4 * 3
+
+
+def test_without_held_out_pictures_training_pictures_are_compared(settings, often):
+    events, _ = train(settings, measure_drift=True, drift_prompts=["a dog"])
+    assert [event.step for event in of(events, Compared)] == [0, 4, 6]
+
+
+def test_what_does_not_fit_is_said(settings, often, monkeypatch):
+    def short(*args):
+        raise torch.cuda.OutOfMemoryError("simulated")
+
+    monkeypatch.setattr(fidelity, "drawn", short)
+    events, data = train(settings, **OFTEN)
+    assert data is not None
+    assert of(events, Compared) == []
+    assert any("drift not measured" in notice.text for notice in of(events, Notice))
+
+
+def test_drift_prompts_want_the_measurement(settings):
+    with pytest.raises(ConfigError, match="drift_prompts: expected measure_drift beside them"):
+        build(settings, {"drift_prompts": ["a dog"]})
+
+
+def test_the_log_the_job_and_the_tab_show_it(settings, often, tmp_path):
+    events: list = []
+    train_here(build(settings, OFTEN), events.append)
+    with (tmp_path / "out" / "logs" / "drift.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(int(row["step"]), float(row["drift"])) for row in rows] == [
+        (e.step, e.drift) for e in of(events, Compared)
+    ]
+    view = first_view(Head("a", "style", 1.0, {}))
+    for event in events:
+        view = fold(view, Told(1.0, event))
+    assert [row[0] for row in view.comparisons] == [0, 4, 8, 12]
+    assert sum("other prompts changed by" in line for line in view.log) == 3
+    assert comparison(view).count("<tr") == 1 + 3
+
+
+def test_the_table_stays_short_and_marks_the_best_step():
+    job = SimpleNamespace(
+        comparisons=tuple((step, step / 100, step / 1000) for step in range(0, 100, 5)),
+        validations=(Point(0, 0.5, 0.5), Point(40, 0.5, 0.3), Point(90, 0.5, 0.4)),
+    )
+    html = comparison(job)
+    assert html.count("<tr") <= 8
+    assert '<tr class="lt-marked"><td>40</td>' in html
+    assert "<td>95</td>" in html
+    assert comparison(SimpleNamespace(comparisons=((0, 0.0, 0.0),), validations=())) == ""
