@@ -27,7 +27,7 @@ def judgement(curve: Sequence[Point]) -> str:
         return ""
     now = curve[-1]
     where = "now" if least.step == now.step else f"at step {least.step:,}"
-    words = f"Best so far <b>{where}</b>: error {_change(mark[1])} than without the LoRA"
+    words = f"Best <b>{where}</b>: error {_change(mark[1])} than without the LoRA"
     if least.step != now.step:
         words += f"; at step {now.step:,} {_change(share(now.lora, now.base))}"
     told = warning(curve)
@@ -38,7 +38,7 @@ def judgement(curve: Sequence[Point]) -> str:
     return (
         f'<div class="lt-judged"><div class="lt-title">On pictures it does not train on</div>'
         f'<div class="lt-verdict">{words}.</div>{warned}<div class="lt-chart">{svg}</div>'
-        f'<div class="lt-legend">{legend}<span class="lt-key-best">best</span></div></div>'
+        f'<div class="lt-legend">{legend}<span class="lt-key-best">best: step {least.step:,}</span></div></div>'
     )
 
 

@@ -354,11 +354,11 @@ def test_the_curve_is_bounded_and_survives_what_is_not_finite():
 def test_the_chart_says_when_it_was_best_and_warns_once_it_has_got_worse():
     falling = [Point(0, 0.2, 0.2, 0.1, 0.1), Point(50, 0.2, 0.15, 0.06, 0.1), Point(100, 0.2, 0.14, 0.05, 0.1)]
     html = judgement(falling)
-    assert "Best so far <b>now</b>: error 30% lower than without the LoRA." in html
+    assert "Best <b>now</b>: error 30% lower than without the LoRA." in html
     assert "lt-warning" not in html
     assert judgement(falling[:1]) == judgement([]) == ""
     html = judgement([*falling, Point(150, 0.2, 0.16, 0.03, 0.1)])
-    assert "Best so far <b>at step 100</b>: error 30% lower than without the LoRA; at step 150 20% lower." in html
+    assert "Best <b>at step 100</b>: error 30% lower than without the LoRA; at step 150 20% lower." in html
     assert "Overfitting" in html
     assert "Stop near step 100" in html
     # Two lines that begin at the base's zero, and the dot at two thirds of the way, at the bottom of the held-out line.
