@@ -138,6 +138,7 @@ JOBS = st.builds(
     steps=st.none() | st.integers(0, 10**6),
     losses=LOSSES,
     validations=st.lists(st.builds(Point, st.integers(0, 9), *[st.floats(0, 2)] * 4), max_size=4).map(tuple),
+    comparisons=st.lists(st.tuples(st.integers(0, 9), st.floats(-9, 2), st.floats(0, 2)), max_size=9).map(tuple),
     learning_rate=st.none() | st.floats(0, 1),
     log=st.lists(WORDS, max_size=5).map(tuple),
     output=st.lists(WORDS.map("{}.safetensors".format) | WORDS, max_size=3).map(tuple),
