@@ -72,7 +72,8 @@ def warning(curve: Sequence[Point]) -> str | None:
     point = risen(curve)
     if point is None:
         return None
-    least = min((other for other in curve if other.step < point.step), key=lambda other: other.lora)
+    before = [other for other in curve[: curve.index(point)] if math.isfinite(other.lora)]
+    least = min(before, key=lambda other: other.lora)
     compared = f"{point.lora:.4f} at step {point.step}, {least.lora:.4f} "
     if least.step == 0:
         return (

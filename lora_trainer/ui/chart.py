@@ -48,21 +48,17 @@ def curve(losses: Sequence[Point]) -> str:
     )
 
 
-def judged(held_out: Sequence[Point], train: Sequence[Point], mark: Point | None) -> str:
+def judged(held_out: Sequence[Point], train: Sequence[Point], mark: Point) -> str:
     """How far losses are from those of the base model, as shares of it (-0.3 is 30 % lower): held-out pictures boldly,
-    training pictures dashed, the base as a line at zero, and a dot at `mark`; empty under two points."""
+    training pictures dashed, the base as a line at zero, and a dot at `mark`."""
     lines_of = {"lt-held-out": finite(held_out), "lt-watched": finite(train)}
     points = [point for line in lines_of.values() for point in line]
-    if len(lines_of["lt-held-out"]) < 2:
-        return ""
     steps, shares = [x for x, _ in points], [0.0, *(y for _, y in points)]
     span = (min(steps), max(steps), min(shares), max(shares))
     lines = [_line([(span[0], 0.0), (span[1], 0.0)], span, "lt-zero")]
     lines += [_line(line, span, name) for name, line in lines_of.items() if len(line) > 1]
-    dot = ""
-    if mark is not None:
-        across, down = _place(mark, span)
-        dot = f'<span class="lt-best" style="left:{across / WIDTH:.1%};top:{down / HEIGHT:.1%}"></span>'
+    across, down = _place(mark, span)
+    dot = f'<span class="lt-best" style="left:{across / WIDTH:.1%};top:{down / HEIGHT:.1%}"></span>'
     words = f"Held-out loss against the base model, now {lines_of['lt-held-out'][-1][1]:+.0%}"
     top = _place((span[0], 0.0), span)[1] / HEIGHT
     low = f'<span class="lt-low">{span[2]:+.0%}</span>' if top < 0.85 else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -18,13 +19,14 @@ ROWS = 6
 
 def judgement(curve: Sequence[Point]) -> str:
     """Empty until two steps are measured."""
+    curve = [point for point in curve if point.base and math.isfinite(share(point.lora, point.base))]
     least = best(curve)
-    held_out = [(point.step, share(point.lora, point.base)) for point in curve if point.base]
+    held_out = [(point.step, share(point.lora, point.base)) for point in curve]
     train = [(point.step, share(point.train, point.train_base)) for point in curve if point.train and point.train_base]
-    mark = None if least is None or not least.base else (least.step, share(least.lora, least.base))
-    svg = judged(held_out, train, mark)
-    if not svg or mark is None:
+    if least is None or len(curve) < 2:
         return ""
+    mark = (least.step, share(least.lora, least.base))
+    svg = judged(held_out, train, mark)
     now = curve[-1]
     where = "now" if least.step == now.step else f"at step {least.step:,}"
     words = f"Best <b>{where}</b>: error {_change(mark[1])} than without the LoRA"
