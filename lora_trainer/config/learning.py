@@ -12,7 +12,8 @@ OPTIMIZER, OBJECTIVE = "Optimizer", "Noise and loss"
 
 
 class Learning(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Part of `schema.Config`. The held-out loss is always the plain one, so that curves can be compared."""
+    """Part of `schema.Config`. The held-out loss is always the plain one, so that curves can be
+    compared; only a mask holds of it too."""
 
     lr_scheduler: Annotated[
         Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial", "rex"],
@@ -82,6 +83,13 @@ class Learning(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     scale_v_pred_loss_like_noise_pred: Annotated[
         bool, about(OBJECTIVE, "For a v-prediction model: timesteps count as they do for a noise-prediction one.")
     ] = False
+    masked_loss: Annotated[
+        bool,
+        about(OBJECTIVE, "Learn a part of each picture: by mask_dir, NAME-masklabel.png beside it, or transparency."),
+    ] = False
+    unmasked_weight: Annotated[
+        float, about(OBJECTIVE, "How much the rest of a masked picture counts; 0: not at all.", ge=0, le=1)
+    ] = 0.1
     noise_offset: Annotated[
         float, about(OBJECTIVE, "Shifts the noise of a whole picture, for very dark and bright ones: 0.05.", ge=0, le=1)
     ] = 0.0

@@ -93,6 +93,11 @@ def _objective(config: Config) -> Iterator[str]:
         yield f"min_timestep: expected less than max_timestep ({config.max_timestep}), found {config.min_timestep}"
 
 
+def _masks(config: Config) -> Iterator[str]:
+    if config.mask_dir and not config.masked_loss:
+        yield "mask_dir: expected masked_loss beside it, found it switched off"
+
+
 def _paths(config: Config) -> Iterator[str]:
     for key in ("base_model", "train_data_dir", "output_dir"):
         if not getattr(config, key).strip():
@@ -142,6 +147,7 @@ def _size(config: Config) -> Iterator[str]:
 RULES = (
     _size,
     _objective,
+    _masks,
     _optimizer,
     _paths,
     _concepts,

@@ -22,7 +22,9 @@ GROUPS = (MODEL, DATA, CAPTIONS, LORA, TRAINING, OPTIMIZER, OBJECTIVE, OUTPUT, P
 # Larger numbers before a folder's name are years and the like.
 MAX_REPEATS = 1000
 # The options that name a file or a folder.
-PATHS = ("base_model", "train_data_dir", "metadata_path", "validation_data_dir", "cache_dir", "output_dir")
+PATHS = (
+    *("base_model", "train_data_dir", "metadata_path", "validation_data_dir", "mask_dir", "cache_dir", "output_dir"),
+)
 # The options that name code to run: neither a visitor of the WebUI nor a file may give them.
 TRUSTED = ("optimizer_class",)
 
@@ -122,6 +124,10 @@ class Config(Judging, frozen=True, kw_only=True, forbid_unknown_fields=True):
     flip: Annotated[bool, _about(DATA, "Mirror pictures half of the time; not where sides differ: text, logos.")] = (
         False
     )
+    mask_dir: (
+        Annotated[str, _about(DATA, "For masked_loss: masks under their pictures' names; what is white is learned.")]
+        | None
+    ) = None
     cache_dir: (
         Annotated[
             str,

@@ -81,16 +81,26 @@ def place(size: tuple[int, int], resolution: int, *, allow_upscaling: bool = Fal
 
 def fit(image: Image.Image, placement: Placement) -> Image.Image:
     """`image` resized and cut as `placement` says; only the part that is kept is resampled."""
+    size = (placement.bucket.width, placement.bucket.height)
+    return image.resize(size, Image.Resampling.LANCZOS, box=_box(placement))
+
+
+def fit_mask(mask: Image.Image, placement: Placement, factor: int) -> Image.Image:
+    """The same of a picture's mask, `factor` times smaller: each pixel is the mean of the part it stands for."""
+    size = (placement.bucket.width // factor, placement.bucket.height // factor)
+    return mask.resize(size, Image.Resampling.BOX, box=_box(placement))
+
+
+def _box(placement: Placement) -> tuple[float, float, float, float]:
+    """What is kept, in pixels of the original picture."""
     (width, height), (original_width, original_height) = placement.resized, placement.original
     left, top, right, bottom = placement.crop
-    box = (
+    return (
         left * original_width / width,
         top * original_height / height,
         right * original_width / width,
         bottom * original_height / height,
     )
-    size = (placement.bucket.width, placement.bucket.height)
-    return image.resize(size, Image.Resampling.LANCZOS, box=box)
 
 
 def _nearest(candidates: Iterable[Bucket], width: int, height: int) -> Bucket:

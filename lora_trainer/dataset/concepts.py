@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lora_trainer.config.schema import MAX_REPEATS, Concept
-from lora_trainer.dataset.images import IMAGE_SUFFIXES
+from lora_trainer.dataset.images import is_picture
 from lora_trainer.errors import printable
 
 # Hugging Face's words for the splits of a data set (datasets/data_files.py).
@@ -104,7 +104,7 @@ def _listed(place: Path) -> tuple[list[Path], bool]:
         for entry in place.iterdir():
             if entry.name.startswith("."):
                 continue
-            if entry.suffix.lower() in IMAGE_SUFFIXES and entry.is_file():
+            if is_picture(entry) and entry.is_file():
                 pictures = True
             elif entry.is_dir():
                 folders.append(entry)

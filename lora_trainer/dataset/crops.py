@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from lora_trainer.config import Config
-from lora_trainer.dataset.buckets import Placement, fit, place
+from lora_trainer.dataset.buckets import Placement, fit, fit_mask, place
 
 Crop = Literal["center", "focus", "random"]
 # The longer side of the picture in which detail is looked for.
@@ -39,6 +39,11 @@ class View:
 
     def of(self, image: Image.Image) -> Image.Image:
         cut = fit(image, self.placement)
+        return cut.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if self.flipped else cut
+
+    def mask_of(self, mask: Image.Image, factor: int) -> Image.Image:
+        """What it shows of the picture's mask, `factor` times smaller, mode L."""
+        cut = fit_mask(mask, self.placement, factor)
         return cut.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if self.flipped else cut
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,8 @@ from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
 from lora_trainer.errors import DataError, printable
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+# The mask of NAME.jpg, beside it, as OneTrainer's tool writes them.
+MASK_ENDING = "-masklabel.png"
 MAX_PIXELS = 105_000_000
 MAX_RUN_LENGTH_PIXELS = 8_000_000
 # Pixels times passes: twice what the largest picture needs.
@@ -60,6 +62,11 @@ class ImageError(DataError):
         super().__init__(f"{path}: {why}")
 
 
+def is_picture(path: Path) -> bool:
+    """Whether a file's name is that of a picture to train on; masks are none."""
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.lower().endswith(MASK_ENDING)
+
+
 def load_image(path: Path, *, reduced: int | None = None) -> Image.Image:
     """The picture at `path`, upright, mode RGB (8 bits). For a thumbnail of `reduced` pixels a JPEG is decoded at an
     eighth to the whole of its size, whatever suffices; that is much faster.
@@ -68,6 +75,16 @@ def load_image(path: Path, *, reduced: int | None = None) -> Image.Image:
     an ICC profile other than sRGB (RGB, grey and CMYK pictures) become sRGB; a profile that LittleCMS refuses
     is ignored, as viewers do. Raises ImageError: missing, not a picture, truncated, corrupt, over MAX_PIXELS.
     """
+    return _loaded(path, _rgb, reduced)
+
+
+def load_alpha(path: Path) -> Image.Image:
+    """The opacity of the picture at `path`, upright, mode L: 255 where it hides what is behind it. Raises ImageError as
+    `load_image` does."""
+    return _loaded(path, _alpha)
+
+
+def _loaded(path: Path, read: Callable[[Image.Image], Image.Image], reduced: int | None = None) -> Image.Image:
     with _opened(path) as image:
         orientation = _orientation(image)
         _refuse_slow(path, image)
@@ -78,8 +95,8 @@ def load_image(path: Path, *, reduced: int | None = None) -> Image.Image:
         upright = _UPRIGHT.get(orientation)
         # Pillow turns a TIFF itself while loading it.
         if upright is not None and image.format != "TIFF":
-            return _rgb(image).transpose(upright)
-        return _rgb(image)
+            return read(image).transpose(upright)
+        return read(image)
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -194,6 +211,12 @@ def _rgb(image: Image.Image) -> Image.Image:
     rgb = plain.convert("RGB")
     rgb.info = {}
     return rgb
+
+
+def _alpha(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        return Image.fromarray(np.where(np.asarray(image) == image.info.get("transparency"), 0, 255).astype(np.uint8))
+    return image.convert("RGBA").getchannel("A")
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

@@ -23,7 +23,7 @@ from lora_trainer.dataset.captions import (
 )
 from lora_trainer.dataset.concepts import Layout, layout
 from lora_trainer.dataset.folders import files_of
-from lora_trainer.dataset.images import IMAGE_SUFFIXES
+from lora_trainer.dataset.images import IMAGE_SUFFIXES, is_picture
 from lora_trainer.errors import DataError, printable
 
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl")
@@ -48,13 +48,15 @@ Captions = dict[Path, tuple[str, str]]
 @dataclass(frozen=True)
 class Item:
     """A picture file and its caption; several are lines. `source` says where they came from. An epoch sees it
-    `repeats` times, and its loss counts `weight` times."""
+    `repeats` times, and its loss counts `weight` times. `mask` is the file that tells which part of it counts, itself
+    where its transparency does; without one all of it."""
 
     path: Path
     caption: str
     source: str
     repeats: int = 1
     weight: float = 1.0
+    mask: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ def read_folder(
     files, deeper, unnamed = (
         list(dict.fromkeys(entry for part in parts for entry in part)) for parts in zip(*read, strict=True)
     )
-    images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+    images = [file for file in files if is_picture(file)]
     if not images:
         kinds = " ".join(sorted(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES))
         complain(folder, DataError(f"{folder}: expected pictures ({kinds}), found none among {len(files)} files"))

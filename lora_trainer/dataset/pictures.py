@@ -12,9 +12,10 @@ from torch import Tensor
 from lora_trainer.dataset.buckets import Bucket
 from lora_trainer.dataset.cache import Cache, key_of
 from lora_trainer.dataset.crops import Sizes
-from lora_trainer.dataset.decode import content_hash, cut
+from lora_trainer.dataset.decode import Cut, content_hash, cut
 from lora_trainer.dataset.images import ImageError, load_image
 from lora_trainer.dataset.items import Item
+from lora_trainer.dataset.masks import mask_tensor
 from lora_trainer.models.latents import Moments, joined, posterior, scaled, to_bytes
 
 # Encoded at once on a GPU: four pictures of 512 px, or one of 1024 px, take about 2 GiB.
@@ -24,13 +25,15 @@ MOST_PIXELS = 4 * 512 * 512
 @dataclass(frozen=True)
 class Picture:
     """A picture at one size: the posteriors of its views' latents, [views, 4, h, w], or the views' pixels, [1, 3, H, W]
-    uint8 each, still to be encoded; what SDXL is told of each, [views, 6] int64; and its place in the cache."""
+    uint8 each, still to be encoded; what SDXL is told of each, [views, 6] int64; its place in the cache; and what they
+    show of its mask, [views, h, w] uint8, where it has one."""
 
     bucket: Bucket
     key: str
     sizes: Tensor
     moments: Moments | None = None
     pixels: tuple[Tensor, ...] = ()
+    mask: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -42,10 +45,11 @@ class Opened:
     why: str | None = None
 
 
-def opened(item: Item, sizes: Sequence[Sizes], cache: Cache, vae_key: str) -> Opened:
-    """What the cache has of a picture, else the picture itself, once a bucket. It may run in a thread."""
+def opened(item: Item, sizes: Sequence[Sizes], cache: Cache, vae_key: str, *, factor: int) -> Opened:
+    """What the cache has of a picture and its mask, else they themselves, once a bucket; latents are `factor` times
+    smaller. It may run in a thread."""
     try:
-        return Opened(item, _read(item, sizes, cache, vae_key))
+        return Opened(item, _read(item, sizes, cache, vae_key, factor))
     except (ImageError, ValueError) as error:
         return Opened(item, why=str(error))
 
@@ -66,20 +70,30 @@ def on_gpu(vae: AutoencoderKL) -> bool:
     return next(vae.parameters()).is_cuda
 
 
-def _read(item: Item, sizes: Sequence[Sizes], cache: Cache, vae_key: str) -> tuple[Picture, ...]:
-    content = content_hash(item.path) if cache.folder is not None else None
+def _read(item: Item, sizes: Sequence[Sizes], cache: Cache, vae_key: str, factor: int) -> tuple[Picture, ...]:
+    content, mask = (content_hash(path) if cache.folder and path else None for path in (item.path, item.mask))
     keys = [key_of("latents", content, vae_key, size) for size in sizes]
     found = [_cached(cache, key) for key in keys]
-    image = load_image(item.path) if None in found else None
+    # Apart from the latents, which are the same without a mask.
+    mask_keys = [key_of("mask", content, mask, factor, size) for size in sizes]
+    masks = [cache.get(key) if item.mask else {} for key in mask_keys]
+    image = load_image(item.path) if None in (*found, *masks) else None
     pictures: dict[Bucket, Picture] = {}
-    for key, size, known in zip(keys, sizes, found, strict=True):
-        picture = known
+    for number, size in enumerate(sizes):
+        picture, seen = found[number], masks[number]
+        made = cut(item.path, image, size) if picture is None or seen is None else None
         if picture is None:
-            made = cut(item.path, image, size)
-            told = torch.tensor([view.sizes for view in made.views])
-            picture = Picture(made.bucket, key, told, pixels=tuple(map(to_bytes, made.images)))
-        pictures.setdefault(picture.bucket, picture)
+            picture = _picture(made, keys[number])
+        if seen is None:
+            seen = {"mask": mask_tensor(item, made.views, factor)}
+            cache.put(mask_keys[number], seen)
+        pictures.setdefault(picture.bucket, replace(picture, mask=seen.get("mask")))
     return tuple(pictures.values())
+
+
+def _picture(made: Cut, key: str) -> Picture:
+    told = torch.tensor([view.sizes for view in made.views])
+    return Picture(made.bucket, key, told, pixels=tuple(map(to_bytes, made.images)))
 
 
 def _cached(cache: Cache, key: str) -> Picture | None:

@@ -15,7 +15,8 @@ from lora_trainer.dataset.cache import Cache, key_of
 from lora_trainer.dataset.crops import Sizes
 from lora_trainer.dataset.decode import MOST_TOGETHER, made_ahead
 from lora_trainer.dataset.items import Item
-from lora_trainer.dataset.pictures import Opened, encoded, on_gpu, opened
+from lora_trainer.dataset.masks import weights
+from lora_trainer.dataset.pictures import Opened, Picture, encoded, on_gpu, opened
 from lora_trainer.dataset.rules import Rules, variants
 from lora_trainer.dataset.samples import Prepared, Sample, Text, length
 from lora_trainer.errors import DataError
@@ -46,7 +47,8 @@ class Encoders:
     the frozen encoder's embedding, or the token ids for a trained one.
 
     `vae_key` and `text_key` tell in a cache what they are; a caption is not cached without a key. Captions change by
-    `rules`; with `live` they are read when they are drawn.
+    `rules`; with `live` they are read when they are drawn. In a run with masks `unmasked` is how much counts what they
+    leave out.
     """
 
     vae: AutoencoderKL
@@ -56,6 +58,12 @@ class Encoders:
     cache: Cache = NO_CACHE
     rules: Rules = NO_RULES
     live: bool = False
+    unmasked: float | None = None
+
+    @property
+    def factor(self) -> int:
+        """How many times smaller than pictures latents are."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
 
 def prepare(
@@ -75,7 +83,7 @@ def prepare(
     """
     kept = Encoded() if kept is None else kept
     rest = items[kept.count :]
-    read = partial(opened, sizes=sizes, cache=encoders.cache, vae_key=encoders.vae_key)
+    read = partial(opened, sizes=sizes, cache=encoders.cache, vae_key=encoders.vae_key, factor=encoders.factor)
     together = MOST_TOGETHER if on_gpu(encoders.vae) else 1
     with made_ahead(rest, read) as made:
         while window := [ready() for ready in islice(made, together)]:
@@ -111,8 +119,14 @@ def _samples(
         shape = latent_shape(encoders.vae, picture.bucket.width, picture.bucket.height)
         drawn = torch.cat([noise(before + number, shape) for number in range(len(picture.sizes))])
         latents = sampled(encoders.vae, picture.moments, drawn).cpu()
-        samples.append(Sample(one.item, picture.bucket, latents, picture.sizes, plain, tokens))
+        mask = None if encoders.unmasked is None else _mask(picture, latents, encoders.unmasked)
+        samples.append(Sample(one.item, picture.bucket, latents, picture.sizes, plain, tokens, mask))
     return samples
+
+
+def _mask(picture: Picture, latents: Tensor, unmasked: float) -> Tensor:
+    """[views, h, w] beside the views' latents [views, 4, h, w]."""
+    return torch.ones_like(latents[:, 0]) if picture.mask is None else weights(picture.mask, unmasked)
 
 
 def _texts(caption: str, encoders: Encoders, known: dict[str, Text]) -> list[Text]:

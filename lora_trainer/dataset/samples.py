@@ -21,7 +21,8 @@ Text = Mapping[str, Tensor]
 class Sample:
     """One image at one size, ready, on the CPU: the latents of its views, [views, 4, h, w] float32, the plainest first;
     what SDXL is told of each, [views, 6] int64 (`crops.View.sizes`); and its caption as written. `tokens`: what its
-    captions are filled up to."""
+    captions are filled up to. `mask`: how much each part of the latents counts, [views, h, w] float32, in a run with
+    masks."""
 
     item: Item
     bucket: Bucket
@@ -29,11 +30,13 @@ class Sample:
     sizes: Tensor
     text: Text
     tokens: int
+    mask: Tensor | None = None
 
     def view(self, choices: Choices) -> dict[str, Tensor]:
-        """`latents` [4, h, w] and `sizes` [6] of one visit."""
+        """`latents` [4, h, w] and `sizes` [6] of one visit; with masks, `mask` [1, h, w]."""
         at = choices.one_of(len(self.latents))
-        return {"latents": self.latents[at], "sizes": self.sizes[at]}
+        seen = {"latents": self.latents[at], "sizes": self.sizes[at]}
+        return seen if self.mask is None else {**seen, "mask": self.mask[at : at + 1]}
 
     @property
     def group(self) -> Hashable:

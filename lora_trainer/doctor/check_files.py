@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lora_trainer.dataset.captions import MAX_FILE_BYTES
-from lora_trainer.dataset.images import IMAGE_SUFFIXES
+from lora_trainer.dataset.images import is_picture
 from lora_trainer.dataset.items import METADATA_NAMES, OTHER_PICTURES, SIDECARS, sidecars
 from lora_trainer.doctor.findings import Finding
 from lora_trainer.doctor.kinds import PICTURES, READ, kind_of
@@ -68,7 +68,7 @@ def not_read(subject: Subject) -> Iterator[Finding]:
             reason = f"a {kind} picture whose name does not say so is not read"
             yield Finding("not-read", "warning", (file,), reason, "Rename it to end in its format, such as .jpg.")
     for place in subject.contents.deeper:
-        if any(file.suffix.lower() in IMAGE_SUFFIXES for file in _inside(place)):
+        if any(map(is_picture, _inside(place))):
             reason = "only the folder and its direct sub-folders are read"
             yield Finding("not-read", "warning", (place,), reason, "Move its pictures up.")
     for name in subject.contents.unnamed:

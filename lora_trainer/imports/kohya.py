@@ -39,8 +39,6 @@ REASONS = {
     "bucket_reso_steps": "always 64",
     "reg_data_dir": "regularisation pictures are not supported",
     "prior_loss_weight": "regularisation pictures are not supported",
-    "alpha_mask": "masks are not supported",
-    "masked_loss": "masks are not supported",
     "huber_scale": "always 1 here",
     "noise_offset_random_strength": "not supported",
     "ip_noise_gamma_random_strength": "not supported",
@@ -75,6 +73,21 @@ def data_set(taken: Taken, values: dict[str, Any], name: Callable[[str], str] = 
     if "keep_tokens" in options() and values.get("keep_tokens_separator") == "|||":
         # The same mark there and here.
         del values["keep_tokens_separator"]
+    masks(taken, values, name)
+
+
+def masks(taken: Taken, values: dict[str, Any], name: Callable[[str], str] = str) -> None:
+    """Take masks out of `values`. What they leave out does not count at all there."""
+    folder = values.pop("conditioning_data_dir", None)
+    if folder:
+        taken.take("mask_dir", folder, name("conditioning_data_dir"))
+    for key in ("alpha_mask", "masked_loss"):
+        if values.get(key):
+            taken.take("masked_loss", values.pop(key), name(key))
+    if folder:
+        taken.settings.setdefault("masked_loss", True)
+    if taken.settings.get("masked_loss"):
+        taken.settings.setdefault("unmasked_weight", 0.0)
 
 
 def objective(taken: Taken, values: dict[str, Any]) -> None:

@@ -17,7 +17,6 @@ NAME = "kohya's data-set description"
 _REASONS = {
     **kohya.REASONS,
     "metadata_file": "captions in kohya's JSON are not read: write them to a metadata.csv or to .txt files",
-    "conditioning_data_dir": "ControlNets are not trained here",
 }
 
 

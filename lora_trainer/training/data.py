@@ -11,10 +11,12 @@ from torch import Tensor
 
 from lora_trainer.config import Config
 from lora_trainer.dataset.cache import Cache
-from lora_trainer.dataset.concepts import described
+from lora_trainer.dataset.concepts import described, layout
 from lora_trainer.dataset.crops import sizes_of
 from lora_trainer.dataset.grouping import by_folder
+from lora_trainer.dataset.images import MASK_ENDING
 from lora_trainer.dataset.items import Item, Scan, scan
+from lora_trainer.dataset.masks import masks_in, told, with_masks
 from lora_trainer.dataset.prepare import NO_RULES, Encoded, Encoders, LatentNoise, prepare
 from lora_trainer.dataset.samples import Prepared
 from lora_trainer.errors import DataError
@@ -41,12 +43,37 @@ class TrainingData:
 
 def find(config: Config, sink: EventSink) -> Items:
     """What the config's folders hold. Raises DataError."""
+    _refuse_inside("mask_dir", config)
     metadata = Path(config.metadata_path) if config.metadata_path else None
     items = _scan(partial(scan, Path(config.train_data_dir), metadata=metadata, concepts=config.concepts), config, sink)
     tell_concepts(items, sink)
     if config.validation_data_dir:
-        return Items(items, _scan(partial(scan, Path(config.validation_data_dir)), config, sink))
-    return split(items, config.validation_split, config.seed)
+        found = Items(items, _scan(partial(scan, Path(config.validation_data_dir)), config, sink))
+    else:
+        found = split(items, config.validation_split, config.seed)
+    return _masked(found, config, sink) if config.masked_loss else found
+
+
+def _refuse_inside(key: str, config: Config) -> None:
+    """Raises DataError where the pictures of `key` would be trained on."""
+    folder, home = getattr(config, key), Path(config.train_data_dir)
+    read = layout(home, config.concepts).roots if folder and home.is_dir() else ()
+    if any(root.resolve() in (Path(folder).resolve(), Path(folder).resolve().parent) for root in read):
+        raise DataError(f"{key}: expected a folder whose pictures are not trained on, found {folder} in {home}")
+
+
+def _masked(items: Items, config: Config, sink: EventSink) -> Items:
+    """With the masks of all pictures; says where they are from. Raises DataError where there is none."""
+    folder = Path(config.mask_dir) if config.mask_dir else None
+    masks = masks_in(folder) if folder is not None else {}
+    train = with_masks(items.train, masks)
+    if all(item.mask is None for item in train):
+        names = f"{train[0].path.stem}{MASK_ENDING} beside {train[0].path.name}"
+        wanted = f"pictures of the same names in {folder}, or {names}" if folder else f"mask_dir, {names}"
+        raise DataError(f"masked_loss: expected masks: {wanted}, or transparent pictures; found none")
+    sink(Notice(text=f"masks of {len(train)} pictures: {told(train, folder)}"))
+    # Pictures of another folder may bear the same names.
+    return Items(train, with_masks(items.held_out, masks, loose=not config.validation_data_dir))
 
 
 def split(items: Sequence[Item], share: float, seed: int) -> Items:
@@ -111,6 +138,7 @@ def _encoders(config: Config, model: Model) -> Encoders:
         f"{text_key} {text.clip_skip}" if cached else "",
         cache,
         rules_of(config),
+        unmasked=config.unmasked_weight if config.masked_loss else None,
     )
 
 

@@ -98,6 +98,7 @@ class Feed:
             input_eps=self.noising.input_noise(self.seed, batch.visits, eps),
             t=self.noising.timesteps(self.seed, batch.visits, self.timesteps),
             weight=torch.tensor(weights) / total,
+            mask=seen.get("mask"),
             mask_keys=randomness.mask_keys(self.seed, batch.visits),
             **with_sizes(stacked(self.captions.alike(texts, samples[0].tokens)), seen["sizes"]),
         )

@@ -82,10 +82,17 @@ class Objective:
     c: Tensor | None = None
     weights: Tensor | None = None
 
-    def __call__(self, predicted: Tensor, target: Tensor, t: Tensor) -> Tensor:
-        """Each sample's loss, [B] float32, of what was predicted and asked for [B, C, h, w] at `t` [B] int64."""
+    def __call__(self, predicted: Tensor, target: Tensor, t: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Each sample's loss, [B] float32, of what was predicted and asked for [B, C, h, w] at `t` [B] int64; with
+        `mask` [B, 1, h, w] each element's counts so much.
+
+        The mean is over all elements, whatever their weights, as in kohya's trainer and by default in OneTrainer: what
+        counts has the gradient that it has without a mask, where a mean by weights would pull as hard at a few latents
+        as at a whole picture.
+        """
         c = None if self.c is None else self.c[t].view(-1, 1, 1, 1)
-        losses = self.loss(predicted.float(), target, c).mean(dim=(1, 2, 3))
+        losses = self.loss(predicted.float(), target, c)
+        losses = (losses if mask is None else losses * mask).mean(dim=(1, 2, 3))
         return losses if self.weights is None else losses * self.weights[t]
 
 

@@ -106,7 +106,7 @@ def same_data(facts: Facts, data: str) -> None:
 
 
 def digest(items: Items) -> str:
-    """Of names, sizes, captions and weights, in order."""
+    """Of names, sizes, captions, weights and masks, in order."""
     whole = hashlib.sha256()
     for item in (*items.train, None, *items.held_out):
         facts = None if item is None else (item.path.name, item.caption, item.path.stat().st_size)
@@ -114,6 +114,8 @@ def digest(items: Items) -> str:
             facts = (*facts, item.repeats)
         if item is not None and item.weight != 1:
             facts = (*facts, "weight", item.weight)
+        if item is not None and item.mask is not None:
+            facts = (*facts, "mask", item.mask.name, item.mask.stat().st_size)
         whole.update(repr(facts).encode("utf-8", "surrogateescape"))
     return whole.hexdigest()
 

@@ -33,7 +33,8 @@ class Batch:
     t: [B] int64; weight: [B] float32, summing to 1 over an update (0 for padding);
     mask_keys: [B, 2] int32. The captions: context [B, 77 n, width], or, to be encoded in the step, their token ids
     [B, n, 77] int64, with their emphasis of that shape where they have it. SDXL's: pooled [B, width], and sizes [B, 6]
-    with original (height, width), crop (top, left) and target (height, width) in pixels.
+    with original (height, width), crop (top, left) and target (height, width) in pixels. mask [B, 1, h, w] float32, how
+    much each part of the loss counts, in a run with masks.
     """
 
     latents: Tensor
@@ -47,6 +48,7 @@ class Batch:
     pooled: Tensor | None = None
     sizes: Tensor | None = None
     input_eps: Tensor | None = None
+    mask: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -119,7 +121,7 @@ class Network:
             noisy = self.noise.add_noise(latents, eps if batch.input_eps is None else batch.input_eps, batch.t)
             noisy = noisy.contiguous(memory_format=self.memory_format)
             predicted = self.unet(noisy, batch.t, **condition, return_dict=False)[0]
-            return self.objective(predicted, self.noise.target(latents, eps, batch.t), batch.t)
+            return self.objective(predicted, self.noise.target(latents, eps, batch.t), batch.t, batch.mask)
 
 
 class ForwardBackward:

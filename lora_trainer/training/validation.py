@@ -68,6 +68,7 @@ class Validator:
             eps=randomness.normal(self.seed, "validation", visits, tuple(latents.shape[1:])),
             t=torch.tensor([int((k + 0.5) * timesteps / TIMESTEPS) for _, k in draws]),
             weight=torch.ones(len(draws)),
+            mask=seen.get("mask"),
             mask_keys=torch.zeros(len(draws), 2, dtype=torch.int32),
             **with_sizes(stacked([sample.text for sample in samples]), seen["sizes"]),
         )

@@ -54,6 +54,8 @@ _LABELS = {
     "soft_min_snr_gamma": "Soft min-SNR gamma",
     "debiased_estimation_loss": "Debiased estimation",
     "scale_v_pred_loss_like_noise_pred": "Weigh v like noise",
+    "mask_dir": "Folder of masks",
+    "unmasked_weight": "Weight of what masks leave out",
     "multires_noise_iterations": "Multi-resolution noise",
     "multires_noise_discount": "Multi-resolution discount",
     "ip_noise_gamma": "Input perturbation",

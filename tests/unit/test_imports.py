@@ -303,8 +303,9 @@ def test_what_kohyas_other_examples_say(tmp_path):
     assert settings["validation_data_dir"] == "path/to/your_validation_images"
     assert settings["train_data_dir"] == "path/to/your_images"
     assert (settings["resolution"], settings["concepts"]) == (1024, [{"folder": ".", "repeats": 10}])
-    _, left, _ = taken(tmp_path, "masked.toml")
-    assert left["datasets[0].subsets[0].alpha_mask"] == (True, "masks are not supported")
+    settings, left, _ = taken(tmp_path, "masked.toml")
+    assert (settings["masked_loss"], settings["unmasked_weight"]) == (True, 0)
+    assert not any("mask" in key for key in left)
     settings, left, _ = taken(tmp_path, "tags.toml")
     assert settings["allow_upscaling"] is False
     assert left["general.color_aug"] == (False, "switched off there, as here")

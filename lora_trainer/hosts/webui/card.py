@@ -7,8 +7,7 @@ import json
 from pathlib import Path
 
 from lora_trainer.config import Config, trigger_words_of
-from lora_trainer.dataset.images import ImageError, load_image
-from lora_trainer.dataset.items import IMAGE_SUFFIXES
+from lora_trainer.dataset.images import ImageError, is_picture, load_image
 from lora_trainer.files import publish
 
 PREFERRED_WEIGHT, SIDE = 0.8, 512
@@ -37,7 +36,7 @@ def _picture(config: Config, folder: Path) -> bytes | None:
     home = Path(config.train_data_dir)
     places = [home / concept.folder for concept in config.concepts] or [home]
     files = (path for place in places for path in sorted([*place.glob("*"), *place.glob("*/*")]))
-    trained = (path for path in files if path.suffix.lower() in IMAGE_SUFFIXES)
+    trained = (path for path in files if is_picture(path))
     for path in (*previews[-1:], *trained):
         try:
             image = load_image(path)
