@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 
 from lora_trainer import __version__
@@ -37,12 +37,14 @@ class Folder:
 
 @dataclass(frozen=True)
 class DataFacts:
-    """The data set: its folders by name; images by bucket (width, height), each as often as an epoch sees it."""
+    """The data set: its folders by name; images by bucket (width, height), each as often as an epoch sees it; and the
+    folders of regularisation pictures, which count in none of these."""
 
     folders: Mapping[str, Folder]
     buckets: Mapping[tuple[int, int], int]
     resolution: int
     batches_per_epoch: int
+    regularization: Mapping[str, Folder] = field(default_factory=dict)
 
     @property
     def images(self) -> int:
@@ -93,9 +95,6 @@ def build_metadata(run: RunFacts, data: DataFacts, base: BaseFacts) -> dict[str,
 
 def _data(data: DataFacts) -> dict[str, object]:
     tags = {name: dict(Counter(_tags(folder.captions))) for name, folder in data.folders.items()}
-    folders = {
-        name: {"n_repeats": folder.repeats, "img_count": len(folder.captions)} for name, folder in data.folders.items()
-    }
     buckets = {
         "buckets": {
             str(number): {"resolution": list(size), "count": count}
@@ -104,15 +103,20 @@ def _data(data: DataFacts) -> dict[str, object]:
     }
     return {
         "ss_num_train_images": data.images,
-        "ss_num_reg_images": 0,
+        "ss_num_reg_images": sum(len(folder.captions) * folder.repeats for folder in data.regularization.values()),
         "ss_num_batches_per_epoch": data.batches_per_epoch,
         "ss_resolution": f"({data.resolution}, {data.resolution})",
         "ss_enable_bucket": True,
-        "ss_dataset_dirs": _json(folders),
-        "ss_reg_dataset_dirs": "{}",
+        "ss_dataset_dirs": _dirs(data.folders),
+        "ss_reg_dataset_dirs": _dirs(data.regularization),
         "ss_tag_frequency": _json(tags),
         "ss_bucket_info": _json(buckets),
     }
+
+
+def _dirs(folders: Mapping[str, Folder]) -> str:
+    counts = {name: (folder.repeats, len(folder.captions)) for name, folder in folders.items()}
+    return _json({name: {"n_repeats": repeats, "img_count": images} for name, (repeats, images) in counts.items()})
 
 
 def _tags(captions: Sequence[str]) -> list[str]:

@@ -50,7 +50,10 @@ def to_header(config: Config) -> str:
         values = {key: value for key, value in values.items() if key not in TEXT_ENCODER}
     if not config.metadata_private:
         values = {key: value for key, value in values.items() if key not in PRIVATE and not _reveals(key, value)}
-        values["concepts"] = [{**concept, "folder": _inside(concept["folder"])} for concept in values["concepts"]]
+        values["concepts"] = [
+            {key: _inside(text) if key in ("folder", "regularization") else text for key, text in concept.items()}
+            for concept in values["concepts"]
+        ]
         if "sample_prompts" not in values:
             values.pop("sample_every")
     return json.dumps(values, ensure_ascii=False, sort_keys=True)

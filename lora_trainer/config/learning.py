@@ -90,6 +90,10 @@ class Learning(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     unmasked_weight: Annotated[
         float, about(OBJECTIVE, "How much the rest of a masked picture counts; 0: not at all.", ge=0, le=1)
     ] = 0.1
+    prior_loss_weight: Annotated[
+        float,
+        about(OBJECTIVE, "How much each regularisation picture counts; a training picture counts 1.", ge=0, le=1000),
+    ] = 1.0
     noise_offset: Annotated[
         float, about(OBJECTIVE, "Shifts the noise of a whole picture, for very dark and bright ones: 0.05.", ge=0, le=1)
     ] = 0.0

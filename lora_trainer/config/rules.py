@@ -112,8 +112,11 @@ def _concepts(config: Config) -> Iterator[str]:
     for number, concept in enumerate(config.concepts, start=1):
         if not concept.folder.strip():
             yield f"concepts, entry {number}: expected a folder, found nothing"
-        if "\0" in concept.folder:
-            yield f"concepts, entry {number}: expected a path without NUL bytes, found {shown(concept.folder)}"
+        for path in (concept.folder, concept.regularization or ""):
+            if "\0" in path:
+                yield f"concepts, entry {number}: expected a path without NUL bytes, found {shown(path)}"
+        if concept.regularization is not None and not concept.regularization.strip():
+            yield f"concepts, entry {number}: expected a folder as regularization, found nothing"
         first = seen.setdefault(posixpath.normpath(concept.folder.replace("\\", "/")), number)
         if first != number:
             yield f"concepts: expected each folder once, found {shown(concept.folder)} in entries {first} and {number}"

@@ -23,7 +23,8 @@ GROUPS = (MODEL, DATA, CAPTIONS, LORA, TRAINING, OPTIMIZER, OBJECTIVE, OUTPUT, P
 MAX_REPEATS = 1000
 # The options that name a file or a folder.
 PATHS = (
-    *("base_model", "train_data_dir", "metadata_path", "validation_data_dir", "mask_dir", "cache_dir", "output_dir"),
+    *("base_model", "train_data_dir", "metadata_path", "validation_data_dir", "mask_dir", "reg_data_dir"),
+    *("cache_dir", "output_dir"),
 )
 # The options that name code to run: neither a visitor of the WebUI nor a file may give them.
 TRUSTED = ("optimizer_class",)
@@ -36,6 +37,9 @@ class Concept(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     repeats: Annotated[int, _about(DATA, "How often an epoch sees each of its pictures.", ge=1, le=MAX_REPEATS)] = 1
     trigger_words: Annotated[str, _about(DATA, "In place of the run's trigger_words.")] | None = None
     caption: Annotated[str, _about(DATA, "The caption of pictures that have none.")] = ""
+    regularization: Annotated[str, _about(DATA, "A folder of its own in place of the run's reg_data_dir.")] | None = (
+        None
+    )
 
 
 class Config(Judging, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -126,6 +130,13 @@ class Config(Judging, frozen=True, kw_only=True, forbid_unknown_fields=True):
     )
     mask_dir: (
         Annotated[str, _about(DATA, "For masked_loss: masks under their pictures' names; what is white is learned.")]
+        | None
+    ) = None
+    reg_data_dir: (
+        Annotated[
+            str,
+            _about(DATA, "Regularisation pictures: of the same kind without what is new, so that it stays as it is."),
+        ]
         | None
     ) = None
     cache_dir: (

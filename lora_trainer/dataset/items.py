@@ -49,7 +49,8 @@ Captions = dict[Path, tuple[str, str]]
 class Item:
     """A picture file and its caption; several are lines. `source` says where they came from. An epoch sees it
     `repeats` times, and its loss counts `weight` times. `mask` is the file that tells which part of it counts, itself
-    where its transparency does; without one all of it."""
+    where its transparency does; without one all of it. `prior`: it is a regularisation picture, which nothing is to be
+    learned from."""
 
     path: Path
     caption: str
@@ -57,6 +58,7 @@ class Item:
     repeats: int = 1
     weight: float = 1.0
     mask: Path | None = None
+    prior: bool = False
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ def prepare(
 def _refuse_nothing(items: Sequence[Item], kept: Encoded, sink: EventSink) -> None:
     if kept.skipped:
         sink(Notice(text=f"{len(kept.skipped)} of {len(items)} images skipped", level="warning"))
-    if not kept.samples:
+    if all(sample.item.prior for sample in kept.samples):
         raise DataError(f"{items[0].path.parent}: none of its {len(items)} images can be used: {kept.skipped[0]}")
 
 

@@ -69,7 +69,7 @@ class Captions:
 
 @dataclass(frozen=True)
 class Prepared:
-    """The samples in the order of the items, and what was left out.
+    """The samples in the order of the items, regularisation pictures among them, and what was left out.
 
     `texts` has every caption that can be drawn of them by `rules`; None where those are too many, and captions are read
     when they are drawn.
@@ -85,9 +85,14 @@ class Prepared:
         return Captions(self.rules, tokens if self.texts is None else self.texts.__getitem__)
 
     @property
+    def trained(self) -> tuple[Sample, ...]:
+        """All but regularisation pictures."""
+        return tuple(sample for sample in self.samples if not sample.item.prior)
+
+    @property
     def images(self) -> int:
-        """Files, however many sizes they are seen at."""
-        return len({sample.item.path for sample in self.samples})
+        """Files to learn, however many sizes they are seen at."""
+        return len({sample.item.path for sample in self.trained})
 
     @property
     def epoch(self) -> tuple[Sample, ...]:
@@ -96,9 +101,9 @@ class Prepared:
 
     @property
     def buckets(self) -> dict[tuple[int, int], int]:
-        """Images by (width, height), each as often as an epoch sees it."""
+        """Images to learn by (width, height), each as often as an epoch sees it."""
         sizes: Counter[tuple[int, int]] = Counter()
-        for sample in self.samples:
+        for sample in self.trained:
             sizes[sample.bucket.width, sample.bucket.height] += sample.item.repeats
         return dict(sizes)
 

@@ -86,8 +86,10 @@ class Roots:
             concepts = convert(options()["concepts"], given)
         except Problem as problem:
             raise ConfigError([str(problem)]) from None
-        for number, concept in enumerate(concepts, start=1):
-            key, folder = f"concepts, entry {number}", concept.folder
+        folders = ((number, concept.folder) for number, concept in enumerate(concepts, start=1))
+        others = ((number, concept.regularization) for number, concept in enumerate(concepts, start=1))
+        for number, folder in (*folders, *((number, text) for number, text in others if text is not None)):
+            key = f"concepts, entry {number}"
             # By itself first: as the end of a longer path it could mean something else.
             problem = next(_malformed(folder), None)
             problem = problem or (next(_foreign_readings(folder), None) if self._enforced else None)

@@ -61,7 +61,7 @@ def _subset(taken: Taken, where: str, levels: Mapping[str, Mapping[str, Any]]) -
         taken.leave(where, folder, "expected an image_dir")
         return []
     if values.pop("is_reg", False):
-        taken.leave(where, folder, "regularisation pictures are not supported")
+        _regularization(taken, folder, where, levels[f"{where}."])
         return []
     share = values.pop("validation_split", 0)
     if share == 1:
@@ -77,6 +77,19 @@ def _subset(taken: Taken, where: str, levels: Mapping[str, Mapping[str, Any]]) -
     for key, value in values.items():
         taken.leave_all({name(key): value}, {name(key): _REASONS[key]} if key in _REASONS else {})
     return [(f"{where}.image_dir", concept_of(taken, folder, found))]
+
+
+def _regularization(taken: Taken, folder: str, where: str, own: Mapping[str, Any]) -> None:
+    """One folder of regularisation pictures for the run; of the rest of the subset's own table nothing has a place."""
+    taken.take("reg_data_dir", folder, f"{where}.image_dir")
+    rest = {key: value for key, value in own.items() if key not in ("image_dir", "is_reg")}
+    if rest.get("num_repeats") == 1:
+        del rest["num_repeats"]
+    reasons = {
+        "num_repeats": "an epoch sees as many regularisation pictures as training pictures",
+        "class_tokens": "regularisation pictures without captions get the name of their sub-folder: 1_girl",
+    }
+    taken.leave_all(rest, dict.fromkeys(rest, "not for regularisation pictures alone") | reasons, f"{where}.")
 
 
 def _table(taken: Taken, name: str, value: object) -> dict[str, Any]:

@@ -99,6 +99,10 @@ def read(data: Mapping[str, Any]) -> Taken:
     _optimizer(taken, values)
     _schedule(taken, values)
     kohya.objective(taken, values)
+    if values.get("reg_data_dir"):
+        for key in ("reg_data_dir", "prior_loss_weight"):
+            if key in values:
+                taken.take(key, values.pop(key), key)
     _saving(taken, values)
     _previews(taken, values)
     if values.get("network_alpha") == 0 and "network_dim" in values:

@@ -24,6 +24,7 @@ from lora_trainer.events import EventSink, Notice
 from lora_trainer.models.fingerprint import fingerprint
 from lora_trainer.models.model import Model
 from lora_trainer.training import randomness
+from lora_trainer.training.regularization import own_folders, regularization
 from lora_trainer.training.wording import read_live, rules_of
 
 
@@ -33,6 +34,12 @@ class Items:
 
     train: tuple[Item, ...]
     held_out: tuple[Item, ...]
+    regularization: tuple[Item, ...] = ()
+
+    @property
+    def shown(self) -> tuple[Item, ...]:
+        """What steps are made of."""
+        return (*self.train, *self.regularization)
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,9 @@ class TrainingData:
 
 def find(config: Config, sink: EventSink) -> Items:
     """What the config's folders hold. Raises DataError."""
-    _refuse_inside("mask_dir", config)
+    _refuse_inside("mask_dir", config.mask_dir, config)
+    for folder in (config.reg_data_dir, *own_folders(config)):
+        _refuse_inside("regularisation pictures", folder, config)
     metadata = Path(config.metadata_path) if config.metadata_path else None
     items = _scan(partial(scan, Path(config.train_data_dir), metadata=metadata, concepts=config.concepts), config, sink)
     tell_concepts(items, sink)
@@ -51,12 +60,13 @@ def find(config: Config, sink: EventSink) -> Items:
         found = Items(items, _scan(partial(scan, Path(config.validation_data_dir)), config, sink))
     else:
         found = split(items, config.validation_split, config.seed)
+    found = replace(found, regularization=regularization(found.train, config, sink))
     return _masked(found, config, sink) if config.masked_loss else found
 
 
-def _refuse_inside(key: str, config: Config) -> None:
-    """Raises DataError where the pictures of `key` would be trained on."""
-    folder, home = getattr(config, key), Path(config.train_data_dir)
+def _refuse_inside(key: str, folder: str | None, config: Config) -> None:
+    """Raises DataError where the pictures of `folder` would be trained on."""
+    home = Path(config.train_data_dir)
     read = layout(home, config.concepts).roots if folder and home.is_dir() else ()
     if any(root.resolve() in (Path(folder).resolve(), Path(folder).resolve().parent) for root in read):
         raise DataError(f"{key}: expected a folder whose pictures are not trained on, found {folder} in {home}")
@@ -73,7 +83,8 @@ def _masked(items: Items, config: Config, sink: EventSink) -> Items:
         raise DataError(f"masked_loss: expected masks: {wanted}, or transparent pictures; found none")
     sink(Notice(text=f"masks of {len(train)} pictures: {told(train, folder)}"))
     # Pictures of another folder may bear the same names.
-    return Items(train, with_masks(items.held_out, masks, loose=not config.validation_data_dir))
+    held_out = with_masks(items.held_out, masks, loose=not config.validation_data_dir)
+    return replace(items, train=train, held_out=held_out)
 
 
 def split(items: Sequence[Item], share: float, seed: int) -> Items:
@@ -107,9 +118,9 @@ def load(
     first, second = kept or (Encoded(), Encoded())
     encoders = _encoders(config, model)
     # Said once, however often preparing is interrupted.
-    live = read_live(items.train, config, model.text, sink if first.count == 0 else lambda event: None)
+    live = read_live(items.shown, config, model.text, sink if first.count == 0 else lambda event: None)
     reading = replace(encoders, read=model.text.tokens, live=True) if live else encoders
-    train = prepare(items.train, reading, sizes, noise=noise("latents"), sink=sink, kept=first)
+    train = prepare(items.shown, reading, sizes, noise=noise("latents"), sink=sink, kept=first)
     held_out = None
     if items.held_out:
         # Always the same: as they are written, at one size, neither moved nor mirrored.
@@ -118,9 +129,9 @@ def load(
         unmoved = [replace(sizes[0], crop="focus" if sizes[0].crop == "focus" else "center", flip=False)]
         held_out = prepare(plain, still, unmoved, noise=noise("held-out latents"), sink=sink, kept=second)
     encoders.cache.trim()
-    views = sum(len(sample.latents) for sample in train.samples)
+    views = sum(len(sample.latents) for sample in train.trained)
     if views > train.images:
-        seen = f"seen {len(train.samples)} times an epoch, as {views} sizes, parts and mirrorings"
+        seen = f"seen {len(train.trained)} times an epoch, as {views} sizes, parts and mirrorings"
         sink(Notice(text=f"pictures: {train.images}, {seen}"))
     return TrainingData(train, held_out)
 

@@ -154,10 +154,15 @@ class Output:
     def _metadata(self, model: Model, data: Prepared, progress: Progress) -> dict[str, str]:
         facts = model.facts
         plain = data.rules.plain
-        items_of = by_folder(list(dict.fromkeys(sample.item for sample in data.samples)))
-        folders = {
-            name: Folder([plain(item.caption) for item in items], items[0].repeats) for name, items in items_of.items()
-        }
+        items = dict.fromkeys(sample.item for sample in data.samples)
+        # Of regularisation pictures an epoch may see some once more than others.
+        folders, others = (
+            {
+                name: Folder([plain(item.caption) for item in group], min(item.repeats for item in group))
+                for name, group in by_folder([item for item in items if item.prior == prior]).items()
+            }
+            for prior in (False, True)
+        )
         hashes = facts.hashes()
         base = BaseFacts(
             name=facts.name,
@@ -181,7 +186,8 @@ class Output:
             timesteps=(self.config.min_timestep, self.config.max_timestep),
             settings=kohya_settings(self.config) | {"clip_skip": skip if skip > 1 else None},
         )
-        return build_metadata(run, DataFacts(folders, data.buckets, resolution, progress.batches_per_epoch), base)
+        facts = DataFacts(folders, data.buckets, resolution, progress.batches_per_epoch, others)
+        return build_metadata(run, facts, base)
 
 
 def _kohya(segment: Segment) -> dict[str, Tensor]:
@@ -238,7 +244,7 @@ def kohya_settings(config: Config) -> dict[str, object]:
         "cache_latents": True,
         "lowram": False,
         **objective_settings(config),
-        "prior_loss_weight": 1.0,
+        "prior_loss_weight": config.prior_loss_weight,
         "caption_dropout_rate": config.caption_dropout,
         "caption_tag_dropout_rate": config.tag_dropout,
         "shuffle_caption": config.shuffle_captions,

@@ -42,7 +42,7 @@ class Preparing:
             self.data = data.load(self.items, self.config, model, sink=self.sink, kept=self._encoded)
         except Interrupted as interruption:
             return interruption.outcome
-        self.seconds = (time.perf_counter() - began) / len(self.items.train + self.items.held_out)
+        self.seconds = (time.perf_counter() - began) / len(self.items.shown + self.items.held_out)
         return Outcome.DONE
 
     def _notices(self, model: Model) -> None:

@@ -108,7 +108,8 @@ def same_data(facts: Facts, data: str) -> None:
 def digest(items: Items) -> str:
     """Of names, sizes, captions, weights and masks, in order."""
     whole = hashlib.sha256()
-    for item in (*items.train, None, *items.held_out):
+    others = (None, *items.regularization) if items.regularization else ()
+    for item in (*items.train, None, *items.held_out, *others):
         facts = None if item is None else (item.path.name, item.caption, item.path.stat().st_size)
         if item is not None and item.repeats > 1:
             facts = (*facts, item.repeats)

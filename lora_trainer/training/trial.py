@@ -35,7 +35,7 @@ def shorten(config: Config, items: Items) -> tuple[Config, Items]:
         sample_every=0,
         sample_prompts=config.sample_prompts[:1],
     )
-    return short, Items(_pick(items.train), _pick(items.held_out))
+    return short, Items(_pick(items.train), _pick(items.held_out), _pick(items.regularization))
 
 
 def _pick(items: Sequence[Item]) -> tuple[Item, ...]:
@@ -55,14 +55,14 @@ class Measured:
 
 def forecast(config: Config, items: Items, measured: Measured) -> str:
     """One readable line about the full run of `config` on `items`."""
-    shown = sum(item.repeats for item in items.train) * (1 + len(config.extra_resolutions))
+    shown = sum(item.repeats for item in items.shown) * (1 + len(config.extra_resolutions))
     micro_batches = math.ceil(shown / config.batch_size)
     steps = config.max_train_steps or config.epochs * math.ceil(micro_batches / config.gradient_accumulation_steps)
     measured_on = (items.held_out, items.train[: len(items.held_out)])
     pairs = sum(draws_of(len(part), config.validation_draws) for part in measured_on)
     every = interval(config, pairs, steps)
     validations = 2 + (steps // every if every else 0)
-    prepare = measured.prepare * (len(items.train) + len(items.held_out))
+    prepare = measured.prepare * (len(items.shown) + len(items.held_out))
     validate = measured.validate * pairs * validations
     train = measured.step * steps
     parts = [f"preparing {in_words(prepare)}", f"training {in_words(train)}"]

@@ -263,8 +263,8 @@ def test_kohyas_example(tmp_path):
         "batch_size": 4,
         "shuffle_captions": True,
         "keep_tokens": 2,
+        "reg_data_dir": "C:\\reg",
     }
-    assert left["datasets[0].subsets[2]"] == ("C:\\reg", "regularisation pictures are not supported")
     assert left["datasets[1].batch_size"] == (2, "batch_size is 4 already: it holds for the whole run")
     assert left["datasets[1].resolution"][1] == "resolution is 512 already: it holds for the whole run"
     assert left["datasets[1].subsets[0].metadata_file"][0] == "C:\\piyo\\piyo_md.json"
@@ -277,7 +277,7 @@ def test_one_folder_is_the_train_data_dir_itself(tmp_path):
     settings, left, _ = taken(tmp_path, "repeats.toml")
     assert settings["train_data_dir"] == "C:\\hoge"
     assert settings["concepts"] == [{"folder": ".", "repeats": 10, "caption": "hoge girl"}]
-    assert left["datasets[0].subsets[1]"][0] == "C:\\reg"
+    assert settings["reg_data_dir"] == "C:\\reg"
     settings, left, _ = taken(tmp_path, "twice.toml")
     assert settings == {"train_data_dir": "C:\\hoge", "resolution": 512}
     assert left["datasets[1].subsets[0].image_dir"][1].startswith("the same folder again")
@@ -381,7 +381,6 @@ def test_kohyas_alpha_of_1_is_said(tmp_path):
         ("noise_offset_random_strength = true", "noise_offset_random_strength", "not supported"),
         ("lr_warmup_steps = 0.1", "lr_warmup_steps", "constant schedule has no warm-up"),
         ("network_module = 'lycoris.kohya'", "network_module", "only plain LoRA"),
-        ("reg_data_dir = './reg'", "reg_data_dir", "regularisation pictures are not supported"),
         ("min_snr_gamma = 'x'", "min_snr_gamma", "min_snr_gamma: expected a number"),
         ("sample_prompts = './prompts.txt'", "sample_prompts", "files of prompts are not read"),
         ("resolution = '512,x'", "resolution", "expected 512"),
@@ -394,6 +393,24 @@ def test_kohyas_alpha_of_1_is_said(tmp_path):
 def test_what_has_no_counterpart_is_listed_with_its_value(tmp_path, text, key, why):
     _, left, _ = taken(tmp_path, "x.toml", f"train_data_dir = 'a'\n{text}\n")
     assert why in left[key][1]
+
+
+def test_regularisation_pictures_and_masks_are_taken(tmp_path):
+    text = "train_data_dir = 'a'\nreg_data_dir = './reg'\nprior_loss_weight = 0.5\nmasked_loss = true\n"
+    settings, left, _ = taken(tmp_path, "x.toml", text)
+    assert (settings["reg_data_dir"], settings["prior_loss_weight"]) == ("./reg", 0.5)
+    assert (settings["masked_loss"], settings["unmasked_weight"]) == (True, 0)
+    assert not {"reg_data_dir", "prior_loss_weight", "masked_loss"} & set(left)
+    settings, left, _ = taken(tmp_path, "x.toml", "train_data_dir = 'a'\nreg_data_dir = ''\nprior_loss_weight = 1\n")
+    assert not {"reg_data_dir", "prior_loss_weight"} & set(settings)
+    assert left["prior_loss_weight"][1] == "without reg_data_dir it says nothing"
+    subsets = "[[datasets.subsets]]\nimage_dir = 'a'\nconditioning_data_dir = 'masks'\n"
+    subsets += "[[datasets.subsets]]\nimage_dir = 'r'\nis_reg = true\nnum_repeats = 2\n"
+    subsets += "[[datasets.subsets]]\nimage_dir = 's'\nis_reg = true\n"
+    settings, left, _ = taken(tmp_path, "x.toml", subsets)
+    assert (settings["mask_dir"], settings["masked_loss"], settings["reg_data_dir"]) == ("masks", True, "r")
+    assert left["datasets[0].subsets[2].image_dir"] == ("s", "reg_data_dir is 'r' already: it holds for the whole run")
+    assert "as many regularisation pictures" in left["datasets[0].subsets[1].num_repeats"][1]
 
 
 def test_noise_loss_optimizer_and_schedule_are_taken(tmp_path):
@@ -460,14 +477,18 @@ def test_onetrainers_concepts(tmp_path):
 @pytest.fixture
 def world(tmp_path) -> Path:
     """The folders that the examples name, each with two pictures."""
-    for number, name in enumerate(["hoge", "fuga", "piyo", "held_out", "castle", "knight", "many", "aki/3_a girl"]):
+    for number, name in enumerate(
+        ["hoge", "fuga", "piyo", "held_out", "castle", "knight", "many", "aki/3_a girl", "reg"]
+    ):
         folder = tmp_path / "world" / name
         folder.mkdir(parents=True)
         for index in range(2):
             values = np.random.default_rng(2 * number + index).integers(0, 255, (64, 64, 3), dtype=np.uint8)
             Image.fromarray(values).save(folder / f"{index}.png")
+            if name == "castle":
+                Image.new("L", (64, 64), 255).save(folder / f"{index}-masklabel.png")
             # Where the file gives a caption it is used for what has none.
-            if name not in ("hoge", "fuga", "aki/3_a girl"):
+            if name not in ("hoge", "fuga", "aki/3_a girl", "reg"):
                 (folder / f"{index}.txt").write_text(f"{name} {index}")
     return tmp_path / "world"
 
@@ -510,7 +531,8 @@ def test_without_an_output_the_yaml_is_printed_and_reads_back(tmp_path, capsys):
     out = capsys.readouterr().out
     assert out.startswith("# Made from kohya.toml, kohya's data-set description.\n# needed: base_model, ")
     assert build({"base_model": "b"}, yaml.safe_load(out)).concepts[0].caption == "hoge girl"
-    assert "# not taken over: datasets[0].subsets[2] = 'C:\\\\reg' (regularisation pictures are not supported)" in out
+    assert yaml.safe_load(out)["reg_data_dir"] == "C:\\reg"
+    assert "# not taken over: datasets[0].subsets[2].class_tokens = 'human' (regularisation pictures without" in out
 
 
 def test_nothing_is_overwritten(tmp_path, capsys):
@@ -548,7 +570,7 @@ def test_a_value_cannot_leave_its_comment(tmp_path):
         ("x.toml", b"\n" + b'"\\""' + b'."\\""' * 100 + b" = 1", "line 2: expected keys of at most 32 parts"),
         ("x.toml", b"\xff", "expected UTF-8 text, found byte 0xff at 0"),
         ("x.toml", b"#" * 300_000, "expected at most 256 KiB"),
-        ("x.toml", b"[[datasets]]\n[[datasets.subsets]]\nis_reg = true", "found none"),
+        ("x.toml", b"[[datasets]]\n[[datasets.subsets]]\nis_reg = false", "found none"),
         ("x.json", b'{"datasets": {"subsets": 3}, "general": []}', "found none"),
     ],
 )
