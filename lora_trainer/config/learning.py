@@ -94,6 +94,22 @@ class Learning(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         float,
         about(OBJECTIVE, "How much each regularisation picture counts; a training picture counts 1.", ge=0, le=1000),
     ] = 1.0
+    preservation_weight: Annotated[
+        float,
+        about(
+            OBJECTIVE,
+            "Output preservation: hold the LoRA without its words at the base; 1 is usual, 0: off.",
+            ge=0,
+            le=1000,
+        ),
+    ] = 0.0
+    preservation_prompt: (
+        Annotated[
+            str,
+            about(OBJECTIVE, "Words for the class in place of the trigger words, and for pictures to keep: person."),
+        ]
+        | None
+    ) = None
     noise_offset: Annotated[
         float, about(OBJECTIVE, "Shifts the noise of a whole picture, for very dark and bright ones: 0.05.", ge=0, le=1)
     ] = 0.0

@@ -98,6 +98,13 @@ def _masks(config: Config) -> Iterator[str]:
         yield "mask_dir: expected masked_loss beside it, found it switched off"
 
 
+def _preservation(config: Config) -> Iterator[str]:
+    words = (config.trigger_words, *(concept.trigger_words or "" for concept in config.concepts))
+    given = any(word.strip(" ,") for word in words) or (config.preservation_prompt or "").strip()
+    if config.preservation_weight and not given:
+        yield "preservation_weight: expected trigger_words to leave out or preservation_prompt beside it, found none"
+
+
 def _paths(config: Config) -> Iterator[str]:
     for key in ("base_model", "train_data_dir", "output_dir"):
         if not getattr(config, key).strip():
@@ -151,6 +158,7 @@ RULES = (
     _size,
     _objective,
     _masks,
+    _preservation,
     _optimizer,
     _paths,
     _concepts,

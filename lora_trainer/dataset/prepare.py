@@ -137,6 +137,8 @@ def _texts(caption: str, encoders: Encoders, known: dict[str, Text]) -> list[Tex
     drawn = variants(encoders.rules, caption, MOST_VARIANTS)
     assert drawn is not None, "too many captions to keep: they are read live"
     texts = [plain, *drawn]
+    if encoders.rules.preserved:
+        texts += [encoders.rules.without_trigger(text) for text in texts]
     # The empty caption fills short ones up.
     for text in texts if set(texts) == {plain} else [*texts, ""]:
         if text not in known:

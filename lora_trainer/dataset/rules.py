@@ -42,7 +42,8 @@ class Rules:
     """How captions change from visit to visit. A caption's lines are captions of which one is chosen.
 
     `trigger_words` are the run's and its concepts'. A tag ends at a comma. With `prompts` captions are the WebUI's
-    prompts: a comma inside brackets ends no tag, and nothing moves across a BREAK.
+    prompts: a comma inside brackets ends no tag, and nothing moves across a BREAK. With `preserved` each drawn caption
+    has a fellow that `without_trigger` gives.
     """
 
     prefix: str = ""
@@ -54,6 +55,8 @@ class Rules:
     caption_dropout: float = 0.0
     wildcards: bool = False
     prompts: bool = False
+    preserved: bool = False
+    preservation_prompt: str = ""
 
     def drawn(self, caption: str, choices: Choices) -> str:
         """The caption of one visit."""
@@ -69,6 +72,23 @@ class Rules:
     def plain(self, caption: str) -> str:
         """As it is written: its first line, the first of each choice, in order and whole."""
         return self.drawn(caption, First())
+
+    def without_trigger(self, drawn: str) -> str:
+        """`drawn` with `preservation_prompt` in place of its trigger words; left out where that is empty. Without any
+        trigger words in the run the prompt alone."""
+        words = [text for entry in self.trigger_words if (text := entry.strip(" ,"))]
+        if not words:
+            return self.preservation_prompt
+        # The longer first: one may be in another. Tags that were mixed may be apart: the first stands for all.
+        for text in sorted(words, key=len, reverse=True):
+            whole = _phrase(text)
+            if whole.search(drawn):
+                drawn = whole.sub(lambda found: self.preservation_prompt, drawn)
+            elif len(tags := self._tags(text)) > 1 and all(_phrase(tag).search(drawn) for tag in tags):
+                drawn = _phrase(tags[0]).sub(lambda found: self.preservation_prompt, drawn)
+                for tag in tags[1:]:
+                    drawn = _phrase(tag).sub("", drawn)
+        return _tidy(drawn)
 
     def vocabulary(self, caption: str) -> str:
         """All that any drawn caption can hold, as one."""
@@ -115,6 +135,16 @@ class Rules:
     def _tags(self, text: str) -> list[str]:
         pieces = _outside_brackets(text) if self.prompts else text.split(",")
         return [piece.strip() for piece in pieces if piece.strip()]
+
+
+def _phrase(words: str) -> re.Pattern[str]:
+    """`words` as they are put in front of captions, whatever their case."""
+    return re.compile(rf"(?<!\w){re.escape(words)}(?!\w)", re.IGNORECASE)
+
+
+def _tidy(text: str) -> str:
+    """Without the commas and spaces around what was taken out."""
+    return re.sub(r"\s*,(?:\s*,)+", ",", re.sub(r"[ \t]{2,}", " ", text)).strip(" ,")
 
 
 def variants(rules: Rules, caption: str, most: int) -> tuple[str, ...] | None:

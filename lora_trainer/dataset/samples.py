@@ -51,8 +51,11 @@ class Captions:
     rules: Rules
     read: Callable[[str], Text]
 
-    def drawn(self, sample: Sample, choices: Choices) -> Text:
-        return self.read(self.rules.drawn(sample.item.caption, choices))
+    def drawn(self, sample: Sample, choices: Choices) -> tuple[Text, ...]:
+        """The caption; with output preservation, also the one without trigger words."""
+        words = self.rules.drawn(sample.item.caption, choices)
+        both = (words, self.rules.without_trigger(words)) if self.rules.preserved else (words,)
+        return tuple(map(self.read, both))
 
     def alike(self, texts: Sequence[Text], tokens: int) -> list[Text]:
         """All of one length: `tokens`, or that of the longest. Chunks of the empty caption fill the others up, as the
@@ -71,8 +74,8 @@ class Captions:
 class Prepared:
     """The samples in the order of the items, regularisation pictures among them, and what was left out.
 
-    `texts` has every caption that can be drawn of them by `rules`; None where those are too many, and captions are read
-    when they are drawn.
+    `texts` has every caption that can be drawn of them by `rules`, with and without trigger words; None where those are
+    too many, and captions are read when they are drawn.
     """
 
     samples: tuple[Sample, ...]

@@ -83,12 +83,11 @@ def _regularization(taken: Taken, folder: str, where: str, own: Mapping[str, Any
     """One folder of regularisation pictures for the run; of the rest of the subset's own table nothing has a place."""
     taken.take("reg_data_dir", folder, f"{where}.image_dir")
     rest = {key: value for key, value in own.items() if key not in ("image_dir", "is_reg")}
+    if rest.get("class_tokens"):
+        taken.take("preservation_prompt", rest.pop("class_tokens"), f"{where}.class_tokens")
     if rest.get("num_repeats") == 1:
         del rest["num_repeats"]
-    reasons = {
-        "num_repeats": "an epoch sees as many regularisation pictures as training pictures",
-        "class_tokens": "regularisation pictures without captions get the name of their sub-folder: 1_girl",
-    }
+    reasons = {"num_repeats": "an epoch sees as many regularisation pictures as training pictures"}
     taken.leave_all(rest, dict.fromkeys(rest, "not for regularisation pictures alone") | reasons, f"{where}.")
 
 

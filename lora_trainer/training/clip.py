@@ -33,10 +33,11 @@ class StepClip:
         Each chunk of 77 is encoded by itself, as the frozen encoder does.
         """
         inner, ops = self.text.inner, self.fused.ops
-        with torch.autocast(ids.device.type, enabled=False), torch.set_grad_enabled(self.trained):
+        trained = self.trained and torch.is_grad_enabled()
+        with torch.autocast(ids.device.type, enabled=False), torch.set_grad_enabled(trained):
             x = self._embedded(inner.embeddings, ids.flatten(0, 1))
             for layer in inner.encoder.layers[: self.text.layers]:
-                x = recomputed(self._layer, layer, x) if self.checkpointing else self._layer(layer, x)
+                x = recomputed(self._layer, layer, x) if self.checkpointing and trained else self._layer(layer, x)
             x, _ = ops.layer_norm(x, inner.final_layer_norm)
             if emphasis is not None:
                 x = self.text.weigh(x, emphasis.flatten(0, 1))

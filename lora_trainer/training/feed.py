@@ -89,7 +89,10 @@ class Feed:
         samples = [self.samples[index] for index in batch.indices]
         draws = [randomness.Draws(self.seed, visit) for visit in batch.visits]
         seen = stacked([sample.view(draw) for sample, draw in zip(samples, draws, strict=True)])
-        texts = [self.captions.drawn(sample, draw) for sample, draw in zip(samples, draws, strict=True)]
+        drawn = [self.captions.drawn(sample, draw) for sample, draw in zip(samples, draws, strict=True)]
+        # The captions, and with output preservation those without trigger words, all of one length.
+        texts = self.captions.alike([text for column in zip(*drawn, strict=True) for text in column], samples[0].tokens)
+        own, others = texts[: len(samples)], texts[len(samples) :]
         weights = [weight * sample.item.weight for weight, sample in zip(batch.weights, samples, strict=True)]
         eps = self.noising.noise(self.seed, batch.visits, seen["latents"])
         return Batch(
@@ -100,7 +103,8 @@ class Feed:
             weight=torch.tensor(weights) / total,
             mask=seen.get("mask"),
             mask_keys=randomness.mask_keys(self.seed, batch.visits),
-            **with_sizes(stacked(self.captions.alike(texts, samples[0].tokens)), seen["sizes"]),
+            preserved=stacked(others) if others else None,
+            **with_sizes(stacked(own), seen["sizes"]),
         )
 
     @property

@@ -17,7 +17,8 @@ from lora_trainer.events import EventSink, Notice
 
 def regularization(train: Sequence[Item], config: Config, sink: EventSink) -> tuple[Item, ...]:
     """The regularisation pictures beside `train`: of each folder as many as an epoch sees of the pictures that it is
-    for. Their captions are theirs, or else the caption of the concept whose own folder it is. Raises DataError."""
+    for. Their captions are theirs, or else the caption of the concept whose own folder it is, or else the run's words
+    for the class. Raises DataError."""
     home = Path(config.train_data_dir)
     plan = layout(home, config.concepts)
     shown: dict[Path, int] = {}
@@ -27,7 +28,8 @@ def regularization(train: Sequence[Item], config: Config, sink: EventSink) -> tu
         folder = config.reg_data_dir if concept.regularization is None else home / concept.regularization
         if folder is not None:
             shown[Path(folder)] = shown.get(Path(folder), 0) + item.repeats
-            words.setdefault(Path(folder), "" if concept.regularization is None else concept.caption)
+            own = "" if concept.regularization is None else concept.caption
+            words.setdefault(Path(folder), own or config.preservation_prompt or "")
     found: list[Item] = []
     for folder, total in shown.items():
         items = balanced(_read(folder, words[folder], config, sink), total)
@@ -60,7 +62,8 @@ def balanced(items: Sequence[Item], total: int) -> list[Item]:
 
 
 def _read(folder: Path, words: str, config: Config, sink: EventSink) -> tuple[Item, ...]:
-    concepts = [Concept(folder=".", caption=words)] if words.strip() else []
+    # The names of sub-folders, where they say it, go before.
+    concepts = [Concept(folder=".", caption=words)] if words.strip() and not layout(folder).concepts else []
     found = scan(folder, concepts=concepts, lines=config.wildcards)
     for note in found.notes:
         sink(Notice(text=note))

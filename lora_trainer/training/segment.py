@@ -31,6 +31,7 @@ from lora_trainer.training.library import optimizer_notices, optimizer_of
 from lora_trainer.training.objectives import mse, objective_of, training_noise
 from lora_trainer.training.optimizers import Optimizer
 from lora_trainer.training.precision import LossScaler, resolve
+from lora_trainer.training.preservation import Preservation
 from lora_trainer.training.snapshot import Snapshot, restore
 from lora_trainer.training.step import ForwardBackward, Network, Update
 from lora_trainer.training.tier import ChooseOps, Tier, choose_tier
@@ -190,6 +191,8 @@ def open_segment(
         network = Network(
             model.unet, noise, objective_of(config, noise), precision, dropout, tier.memory_format, encode
         )
+        if config.preservation_weight:
+            network = replace(network, preservation=Preservation(config.preservation_weight, tuple(adapters.values())))
         segment = _assemble(config, model, adapters, network, working, tier)
         stack.callback(segment.captures.release)
         if state is not None:

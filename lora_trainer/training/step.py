@@ -7,7 +7,8 @@ so that each is captured in a CUDA graph where there is one, and runs eagerly as
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -19,6 +20,7 @@ from lora_trainer.training.dropout import LoraDropout
 from lora_trainer.training.objectives import Objective
 from lora_trainer.training.optimizers import Optimizer
 from lora_trainer.training.precision import LossScaler, Precision
+from lora_trainer.training.preservation import Preservation
 from lora_trainer.training.working import WorkingCopy
 
 # Token ids [B, n, 77] and their emphasis to [B, 77 n, width].
@@ -34,7 +36,8 @@ class Batch:
     mask_keys: [B, 2] int32. The captions: context [B, 77 n, width], or, to be encoded in the step, their token ids
     [B, n, 77] int64, with their emphasis of that shape where they have it. SDXL's: pooled [B, width], and sizes [B, 6]
     with original (height, width), crop (top, left) and target (height, width) in pixels. mask [B, 1, h, w] float32, how
-    much each part of the loss counts, in a run with masks.
+    much each part of the loss counts, in a run with masks. preserved: with output preservation, the captions without
+    trigger words, under the same names and in the same shapes.
     """
 
     latents: Tensor
@@ -49,12 +52,17 @@ class Batch:
     sizes: Tensor | None = None
     input_eps: Tensor | None = None
     mask: Tensor | None = None
+    preserved: Mapping[str, Tensor] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         """What a captured graph depends on: (B, h, w, tokens)."""
         tokens = self.context.shape[1] if self.ids is None else self.ids[0].numel()
         return (*self.latents.shape[:1], *self.latents.shape[2:], tokens)
+
+    def without_trigger(self) -> Batch:
+        """The same with the captions of `preserved`."""
+        return replace(self, **self.preserved, preserved=None)
 
     def condition(self, encode: Encode | None = None) -> dict[str, object]:
         """What a UNet is told beside the noisy latents and the time, by diffusers' argument names."""
@@ -81,13 +89,20 @@ class Batch:
 
     def copy_(self, other: Batch) -> None:
         for field in fields(self):
-            mine = getattr(self, field.name)
-            if mine is not None:
-                mine.copy_(getattr(other, field.name), non_blocking=True)
+            mine, theirs = getattr(self, field.name), getattr(other, field.name)
+            if isinstance(mine, Tensor):
+                mine.copy_(theirs, non_blocking=True)
+            elif mine is not None:
+                for name, tensor in mine.items():
+                    tensor.copy_(theirs[name], non_blocking=True)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        values = (getattr(self, field.name) for field in fields(self))
-        return Batch(*(None if value is None else change(value) for value in values))
+        def changed(value: Tensor | Mapping[str, Tensor] | None) -> Tensor | dict[str, Tensor] | None:
+            if value is None or isinstance(value, Tensor):
+                return None if value is None else change(value)
+            return {name: change(tensor) for name, tensor in value.items()}
+
+        return Batch(*(changed(getattr(self, field.name)) for field in fields(self)))
 
 
 def stacked(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -103,7 +118,7 @@ def with_sizes(texts: dict[str, Tensor], sizes: Tensor) -> dict[str, Tensor]:
 @dataclass(frozen=True)
 class Network:
     """What the forward pass runs: the injected view, its schedule, and how it is computed; `encode` is the text encoder
-    for captions that come as token ids."""
+    for captions that come as token ids; `preservation` holds it at the base's answers where that is asked for."""
 
     unet: UNet2DConditionModel
     noise: NoiseSchedule
@@ -112,16 +127,33 @@ class Network:
     dropout: LoraDropout
     memory_format: torch.memory_format = torch.contiguous_format
     encode: Encode | None = None
+    preservation: Preservation | None = None
 
     def losses(self, batch: Batch) -> Tensor:
         """Each sample's loss, [B] float32."""
         with self.precision.autocast():
-            latents, eps = (x.contiguous(memory_format=self.memory_format) for x in (batch.latents, batch.eps))
-            condition = batch.condition(self.encode)
-            noisy = self.noise.add_noise(latents, eps if batch.input_eps is None else batch.input_eps, batch.t)
-            noisy = noisy.contiguous(memory_format=self.memory_format)
-            predicted = self.unet(noisy, batch.t, **condition, return_dict=False)[0]
-            return self.objective(predicted, self.noise.target(latents, eps, batch.t), batch.t, batch.mask)
+            latents, eps = self._laid_out(batch)
+            target = self.noise.target(latents, eps, batch.t)
+            return self.objective(self._predicted(batch, latents, eps), target, batch.t, batch.mask)
+
+    def preserved(self, batch: Batch) -> Tensor:
+        """How far each sample's prediction without trigger words is from the base's, weighed, [B] float32."""
+        return self.preservation.losses(partial(self.predicted, batch.without_trigger()))
+
+    def predicted(self, batch: Batch) -> Tensor:
+        """What the network says of the noisy latents, [B, 4, h, w]."""
+        with self.precision.autocast():
+            return self._predicted(batch, *self._laid_out(batch))
+
+    def _laid_out(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        latents, eps = (x.contiguous(memory_format=self.memory_format) for x in (batch.latents, batch.eps))
+        return latents, eps
+
+    def _predicted(self, batch: Batch, latents: Tensor, eps: Tensor) -> Tensor:
+        condition = batch.condition(self.encode)
+        noisy = self.noise.add_noise(latents, eps if batch.input_eps is None else batch.input_eps, batch.t)
+        noisy = noisy.contiguous(memory_format=self.memory_format)
+        return self.unet(noisy, batch.t, **condition, return_dict=False)[0]
 
 
 class ForwardBackward:
@@ -148,8 +180,14 @@ class ForwardBackward:
     def _compute(self, batch: Batch) -> None:
         # Checkpointed blocks run again in backward: the masks must still be there.
         with self.network.dropout.masks(batch.shape, batch.mask_keys):
-            loss = (self.network.losses(batch) * batch.weight).sum()
-            (loss * self.scaler.scale).backward()
+            self._add(self.network.losses, batch)
+            # After the other's backward pass, whose activations are gone: the peak of memory stays about the same.
+            if self.network.preservation is not None:
+                self._add(self.network.preserved, batch)
+
+    def _add(self, losses: Callable[[Batch], Tensor], batch: Batch) -> None:
+        loss = (losses(batch) * batch.weight).sum()
+        (loss * self.scaler.scale).backward()
         self.working.collect()
         self.loss.add_(loss.detach())
 

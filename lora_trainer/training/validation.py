@@ -38,13 +38,14 @@ class Validator:
         device = network.noise.alphas_cumprod.device
         total = torch.zeros((), dtype=torch.float64, device=device)
         with torch.no_grad():
-            for batch in self._batches(network.noise.timesteps):
+            for batch in self.batches(network.noise.timesteps):
                 static = batch.like(device)
                 static.copy_(batch)
                 total += network.losses(static).double().sum()
         return total.item() / self.count
 
-    def _batches(self, timesteps: int) -> Iterator[Batch]:
+    def batches(self, timesteps: int) -> Iterator[Batch]:
+        """The pairs, on the CPU."""
         draws = sorted(self._draws(), key=lambda draw: (str(self.samples[draw[0]].group), draw))
         for _, same in groupby(draws, key=lambda draw: self.samples[draw[0]].group):
             group = list(same)

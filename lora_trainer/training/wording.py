@@ -27,6 +27,8 @@ def rules_of(config: Config) -> Rules:
         caption_dropout=config.caption_dropout,
         wildcards=config.wildcards,
         prompts=config.caption_syntax == "webui",
+        preserved=config.preservation_weight > 0,
+        preservation_prompt=(config.preservation_prompt or "").strip(),
     )
 
 
@@ -40,6 +42,8 @@ def read_live(items: Sequence[Item], config: Config, text: TextEncoder, sink: Ev
     if all(captions is not None and len(captions) == 1 for captions in found):
         return False
     known = {caption for captions in found for caption in captions or ()}
+    if rules.preserved:
+        known |= set(map(rules.without_trigger, known))
     many = f"a picture has more than {MOST_VARIANTS} captions" if None in found else _too_large(known, text)
     if config.train_text_encoder:
         return many is not None
@@ -48,6 +52,7 @@ def read_live(items: Sequence[Item], config: Config, text: TextEncoder, sink: Ev
             # Now, not in the middle of the run.
             for item in items:
                 text.tokens(rules.vocabulary(item.caption))
+            text.tokens(rules.preservation_prompt)
         sink(Notice(text=f"captions: {many}, so the text encoder runs in each step"))
         return True
     sink(Notice(text=f"captions: all {len(known)} of {len(items)} pictures are encoded once, before the first step"))

@@ -55,6 +55,8 @@ _LABELS = {
     "debiased_estimation_loss": "Debiased estimation",
     "scale_v_pred_loss_like_noise_pred": "Weigh v like noise",
     "mask_dir": "Folder of masks",
+    "preservation_weight": "Weight of output preservation",
+    "preservation_prompt": "Words for the class",
     "reg_data_dir": "Folder of regularisation pictures",
     "prior_loss_weight": "Weight of regularisation pictures",
     "unmasked_weight": "Weight of what masks leave out",

@@ -82,9 +82,15 @@ def test_a_header_does_not_tell_where_folders_are():
     [
         ([{"folder": "a"}, {"folder": "b", "repeats": 0}], "concepts, entry 2, repeats: expected a whole number"),
         ([{"repeats": 2}], "concepts, entry 1: expected a folder, found none"),
-        ([{"folder": "a", "repeat": 2}], "concepts, entry 1: expected folder, repeats, trigger_words, caption, found"),
+        (
+            [{"folder": "a", "repeat": 2}],
+            "concepts, entry 1: expected folder, repeats, trigger_words, caption, regularization, found",
+        ),
         ("{folder: a", "concepts, entry 1: expected {folder: …}"),
-        (3, "concepts: expected a list of folders or of {folder, repeats, trigger_words, caption}, found 3"),
+        (
+            3,
+            "expected a list of folders or of {folder, repeats, trigger_words, caption, regularization}, found 3",
+        ),
         (["a", "./a"], "concepts: expected each folder once, found './a' in entries 1 and 2"),
         ([" "], "concepts, entry 1: expected a folder, found nothing"),
         (["x"] * 500, "concepts: expected at most 100 entries, found 500"),

@@ -167,8 +167,11 @@ def test_concepts_have_their_own(settings, tmp_path):
 
 def test_folders_of_kohyas_form_give_class_words(settings, tmp_path):
     drawn(tmp_path / "reg" / "2_a_woman", 2)
+    settings = {**settings, "preservation_prompt": "a person"}
     items = data.find(build(settings, {"reg_data_dir": str(tmp_path / "reg")}), silent)
     assert [(item.caption, item.repeats) for item in items.regularization] == [("a woman", 3), ("a woman", 3)]
+    items = data.find(build(settings, {"reg_data_dir": str(tmp_path / "reg" / "2_a_woman")}), silent)
+    assert [(item.caption, item.repeats) for item in items.regularization] == [("a person", 3), ("a person", 3)]
 
 
 def test_what_is_learned_is_no_regularisation_picture(settings):
