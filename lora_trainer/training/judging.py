@@ -163,7 +163,7 @@ def watched(train: Prepared, count: int, seed: int) -> list[Sample]:
     """`count` training pictures as held-out ones are looked at, in their plainest view and caption; chosen by seed and
     file name, so that adding pictures changes few of them."""
     first: dict[object, Sample] = {}
-    for sample in train.samples:
+    for sample in train.trained:
         first.setdefault(sample.item.path, sample)
     chosen = sorted(first.values(), key=lambda sample: randomness.key(seed, f"watch {sample.item.path.name}"))
     return [replace(sample, tokens=length(sample.text)) for sample in chosen[:count]]

@@ -21,6 +21,7 @@ from lora_trainer.hosts.roots import Roots
 from lora_trainer.hosts.standalone import FileModels
 from lora_trainer.training import data, resume, trial
 from lora_trainer.training.feed import Feed
+from lora_trainer.training.judging import watched
 from lora_trainer.training.regularization import balanced
 from tests.unit.test_concepts import train
 from tests.unit.test_run import of
@@ -203,3 +204,11 @@ def test_the_trial_counts_them(kept):
     # Six of each, in batches of two, twice.
     assert "the full run has 12 steps" in told
     assert len(trial.shorten(build(kept), items)[1].regularization) == 4
+
+
+def test_they_are_not_among_the_training_pictures_that_are_watched(kept):
+    config = build(kept)
+    with FileModels(Path(config.base_model), torch.device("cpu"), torch.float32).borrow() as model:
+        loaded = data.load(data.find(config, silent), config, model, sink=silent)
+    assert {sample.item.prior for sample in loaded.train.samples} == {False, True}
+    assert not any(sample.item.prior for sample in watched(loaded.train, 10, 0))
