@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
-    if rest and arguments.command not in (_train, _crops):
+    if rest and arguments.command not in (_train, _find_lr, _crops):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return arguments.command(arguments, [*getattr(arguments, "overrides", []), *rest])
@@ -65,6 +65,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--config", type=Path, help="a .yaml or .json file, or a LoRA whose run is repeated")
     train.add_argument("--json", action="store_true", help="end with one line of JSON on standard output")
     train.add_argument("--resume", action="store_true", help="go on with the run in output_dir, or start it")
+    finder = add("find-lr", _find_lr, "Find a learning rate: a short run in which it rises. Options as for train.")
+    finder.add_argument("--config", type=Path, help="a .yaml or .json file, or a LoRA whose run is repeated")
+    finder.add_argument("--json", action="store_true", help="end with one line of JSON on standard output")
     check = add("check", _check, "Look at a folder of pictures and captions before training on it.")
     doctor.add_arguments(check)
     caption = add("caption", _caption, "Write captions for a folder of pictures with a model.")
@@ -108,6 +111,19 @@ def _train(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     from lora_trainer.hosts.standalone import train
 
     return _finish(train(config, TerminalLog(), resumes=arguments.resume), arguments.json)
+
+
+def _find_lr(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    config = config_of(arguments.config, overrides)
+    from lora_trainer.hosts.standalone import find_learning_rate
+
+    log = TerminalLog()
+    try:
+        finding = find_learning_rate(config, log)
+    finally:
+        log.close()
+    print(json.dumps(finding.as_dict()) if arguments.json else f"{finding.summary}: {finding.why}")
+    return DONE
 
 
 def _check(arguments: argparse.Namespace, _: Sequence[str]) -> int:

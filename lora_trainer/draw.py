@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from PIL import Image
 from lora_trainer.config.sample_options import SampleOptions
 from lora_trainer.files import publish
 from lora_trainer.hosts.standalone import device_of, open_model
+from lora_trainer.lineplot import png
 from lora_trainer.sampling import Recipe, apply_lora, generate
 from lora_trainer.sheet import contact_sheet
 from lora_trainer.training.precision import resolve
@@ -40,7 +40,5 @@ def sample_command(base: Path, lora: Path, prompts: Sequence[str], *, options: S
 
 def save_picture(picture: Image.Image, path: Path) -> Path:
     """Write a PNG whole. Raises OutputError."""
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
-    publish(buffer.getvalue(), path)
+    publish(png(picture), path)
     return path

@@ -17,9 +17,10 @@ import torch
 from lora_trainer.adapters.hashes import checkpoint_hashes
 from lora_trainer.config import Config
 from lora_trainer.errors import ConfigError
-from lora_trainer.events import EventSink, Finished
+from lora_trainer.events import EventSink, Finished, Saved
 from lora_trainer.files import publish
 from lora_trainer.hosts.ports import Host
+from lora_trainer.lineplot import line_plot, png
 from lora_trainer.logs import CsvLog, TensorBoardLog, fan_out
 from lora_trainer.models.bridge import TEXT_PREFIX
 from lora_trainer.models.checkpoint import FileIdentity
@@ -27,6 +28,7 @@ from lora_trainer.models.model import CheckpointHashes, Model
 from lora_trainer.models.single_file import model_of, place
 from lora_trainer.models.unet_names import LDM_PREFIX as UNET_PREFIX
 from lora_trainer.training.control import StopOnly
+from lora_trainer.training.finder import Finding, find_rate
 from lora_trainer.training.precision import resolve
 from lora_trainer.training.run import run
 
@@ -37,17 +39,43 @@ def train(config: Config, sink: EventSink, *, resumes: bool = False) -> Finished
     With `resumes` the run in `output_dir` goes on, where there is one. The first Ctrl-C saves what was learned;
     SOURCE_DATE_EPOCH, when set, is the clock. Raises UserError.
     """
-    device = device_of(config.device)
-    output = Path(config.output_dir)
-    logs = output / "logs"
+    # What is not there is said before any log of an earlier run is touched.
+    device_of(config.device)
+    logs = Path(config.output_dir) / "logs"
     kinds = [CsvLog] + ([TensorBoardLog] if config.log_with == "tensorboard" else [])
     with stop_on_interrupt() as stop, fan_out(sink, *(kind(logs, resumes) for kind in kinds)) as events:
-        dtype = resolve(config.mixed_precision, device)[0].compute
-        if config.caption_syntax == "webui":
-            raise ConfigError(["caption_syntax: webui works only inside the WebUI; expected literal here"])
-        models = FileModels(Path(config.base_model), device, dtype, config.clip_skip, config.train_text_encoder)
-        host = Host(models, AloneLease(), FolderStore(output, config.overwrite))
-        return run(config, host, events, clock=clock, control=StopOnly(stop), resumes=resumes)
+        return run(config, host_of(config), events, clock=clock, control=StopOnly(stop), resumes=resumes)
+
+
+def find_learning_rate(config: Config, sink: EventSink) -> Finding:
+    """Sweep the learning rate, and put its curve as `find-lr.csv` and `find-lr.png` into `output_dir`. Ctrl-C judges
+    what was measured. Raises UserError."""
+    with stop_on_interrupt() as stop:
+        finding = find_rate(config, host_of(config), sink, StopOnly(stop))
+    folder = Path(config.output_dir)
+    title = f"Loss on the same pictures, noise and timesteps; {finding.summary}"
+    picture = line_plot(
+        finding.points,
+        title=title,
+        axis="learning rate, rising step by step",
+        # Where it blows up would else flatten all that matters.
+        most=1.1 * finding.points[0][1],
+        mark=finding.rate,
+    )
+    for path, data in ((folder / "find-lr.csv", finding.csv()), (folder / "find-lr.png", png(picture))):
+        publish(data, path)
+        sink(Saved(path=str(path), step=len(finding.points), kind="report"))
+    return finding
+
+
+def host_of(config: Config) -> Host:
+    """This process as the host of `config`. Raises ConfigError."""
+    device = device_of(config.device)
+    dtype = resolve(config.mixed_precision, device)[0].compute
+    if config.caption_syntax == "webui":
+        raise ConfigError(["caption_syntax: webui works only inside the WebUI; expected literal here"])
+    models = FileModels(Path(config.base_model), device, dtype, config.clip_skip, config.train_text_encoder)
+    return Host(models, AloneLease(), FolderStore(Path(config.output_dir), config.overwrite))
 
 
 def device_of(name: str) -> torch.device:

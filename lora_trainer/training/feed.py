@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
+from lora_trainer.config import Config
 from lora_trainer.dataset import order
-from lora_trainer.dataset.samples import Captions, Sample
+from lora_trainer.dataset.samples import Captions, Prepared, Sample
+from lora_trainer.models.model import Model
 from lora_trainer.training import randomness
 from lora_trainer.training.noising import PLAIN, Noising
 from lora_trainer.training.step import Batch, stacked, with_sizes
@@ -38,6 +40,20 @@ class Feed:
     timesteps: int
     parts: int = 1
     noising: Noising = PLAIN
+
+    @classmethod
+    def of(cls, config: Config, prepared: Prepared, model: Model, parts: int = 1) -> Feed:
+        """Of a run of `config` over `prepared`."""
+        return cls(
+            prepared.epoch,
+            prepared.captions(model.text.tokens),
+            config.batch_size,
+            config.gradient_accumulation_steps,
+            config.seed,
+            model.noise.timesteps,
+            parts,
+            Noising.of(config),
+        )
 
     @property
     def steps_per_epoch(self) -> int:

@@ -26,7 +26,6 @@ from lora_trainer.training.fit import Interrupted, Loop, Outcome, ask, fit
 from lora_trainer.training.forecast import FromFirstSteps
 from lora_trainer.training.judging import Validation
 from lora_trainer.training.keeper import Keeper
-from lora_trainer.training.noising import Noising
 from lora_trainer.training.output import Output, Progress
 from lora_trainer.training.planning import OutOfMemoryError, Planning
 from lora_trainer.training.preparing import Preparing
@@ -140,16 +139,7 @@ class Job:
             return outcome
         for measure in (self.validation, self.fidelity):
             measure.look_at(self.prepare.data)
-        feed = Feed(
-            self.prepare.data.train.epoch,
-            self.prepare.data.train.captions(model.text.tokens),
-            self.config.batch_size,
-            self.config.gradient_accumulation_steps,
-            self.config.seed,
-            model.noise.timesteps,
-            self.planning.plan.parts,
-            Noising.of(self.config),
-        )
+        feed = Feed.of(self.config, self.prepare.data.train, model, self.planning.plan.parts)
         steps = self.config.max_train_steps or self.config.epochs * feed.steps_per_epoch
         choose = partial(self.kernels.ops, shapes=feed.shapes)
         with open_segment(self.config, model, self._state, self.planning.plan, choose) as segment:

@@ -35,10 +35,11 @@ def shorten(config: Config, items: Items) -> tuple[Config, Items]:
         sample_every=0,
         sample_prompts=config.sample_prompts[:1],
     )
-    return short, Items(_pick(items.train), _pick(items.held_out), _pick(items.regularization))
+    return short, Items(pick(items.train), pick(items.held_out), pick(items.regularization))
 
 
-def _pick(items: Sequence[Item]) -> tuple[Item, ...]:
+def pick(items: Sequence[Item]) -> tuple[Item, ...]:
+    """At most IMAGES of them, evenly from all."""
     stride = max(1, math.ceil(len(items) / IMAGES))
     return tuple(items[::stride])
 

@@ -12,7 +12,7 @@ import yaml
 
 import install
 from lora_trainer.api.routes import PREFIX, ROUTES
-from lora_trainer.cli import _crops, _parser, _train, config_of
+from lora_trainer.cli import _crops, _find_lr, _parser, _train, config_of
 from lora_trainer.config import build, output_name_of
 
 ROOT = Path(__file__).parents[2]
@@ -33,7 +33,7 @@ def test_each_command_is_understood(command, tmp_path, monkeypatch):
     words = shlex.split(command.split("#")[0])
     given = words[1:] if words[0] == "lora-trainer" else [FILES[words[1]], *words[2:]]
     arguments, rest = _parser().parse_known_args(given)
-    if arguments.command in (_train, _crops):
+    if arguments.command in (_train, _find_lr, _crops):
         config_of(arguments.config, rest, base_model="any")
     else:
         assert not rest
