@@ -33,6 +33,7 @@ NEEDED = {"train_data_dir": "d", "base_model": "m"}
 # A learning rate that suits each on the tiny model.
 RATES = {
     "adamw": 5e-3,
+    "adamw8bit": 5e-3,
     "lion": 5e-3,
     "adafactor": 5e-3,
     "prodigy": 1.0,
