@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 
@@ -84,7 +84,7 @@ def find_rate(config: Config, host: Host, sink: EventSink, control: Control) -> 
     found = data.find(config, sink)
     if not found.held_out:
         sink(Notice(text="no pictures are held out: the loss is measured on a few that are trained on"))
-    items = Items(found.train, pick(found.held_out or found.train))
+    items = replace(found, held_out=pick(found.held_out or found.train))
     with torch_settings(config.cpu_threads), host.lease.hold(), host.models.borrow() as model:
         sweep = _swept(config, model, host.lease, _Run(items, sink, control))
     if len(sweep.points) < 2:
