@@ -78,12 +78,14 @@ class Validated(Event, tag="validated"):
 
 
 class Compared(Event, tag="compared"):
-    """Fidelity against drift. `likeness`: of pictures that are drawn now to real ones, 0 as the base's, 1 as real ones
-    are to each other; `drift`: how far other prompts have moved from the base, as a share of its own scale."""
+    """Fidelity against drift. `likeness`: of pictures that are drawn now to training pictures, 0 as the base's, 1 as
+    those are to each other; `drift`: how far other prompts have moved from the base, as a share of its own scale;
+    `score`: the likeness, less by the share of drift."""
 
     step: int
     likeness: float
     drift: float
+    score: float
 
 
 class Saving(Event, tag="saving"):

@@ -52,7 +52,7 @@ class CsvLog:
 
     STEPS = ("step", "epoch", "loss", "learning_rate", "grad_norm", "seconds")
     VALIDATION = ("step", "base", "lora", "train", "train_base")
-    DRIFT = ("step", "likeness", "drift")
+    DRIFT = ("step", "likeness", "drift", "score")
 
     def __init__(self, folder: Path, goes_on: bool = False) -> None:
         self.folder, self.goes_on = folder, goes_on

@@ -49,24 +49,26 @@ class Base:
 
 @dataclass
 class Fidelity:
-    """Measures a run at its steps, where `measure_drift` asks for it."""
+    """Measures a run at its steps, where `measure_drift` asks for it. Pictures are drawn for the captions of `_asked`,
+    which were never trained where pictures are held out, and held against the training pictures `_real`."""
 
     config: Config
     sink: EventSink
-    _reference: list[Sample] = field(default_factory=list, init=False)
+    _asked: list[str] = field(default_factory=list, init=False)
+    _real: list[Sample] = field(default_factory=list, init=False)
     _base: Base | None = field(default=None, init=False)
 
     def look_at(self, data: TrainingData) -> None:
-        """Real pictures of one shape: held-out ones, whose captions were never trained, else training pictures."""
+        """What is compared from now on: training pictures of the usual shape, spread over all."""
         if not self.config.measure_drift:
             return
-        samples = data.held_out.samples if data.held_out else ()
-        if len(samples) < PICTURES:
-            samples = [*samples, *watched(data.train, REAL, self.config.seed)]
-        shapes = [sample.latents.shape[1:] for sample in samples]
+        train = watched(data.train, len(data.train.samples), self.config.seed)
+        shapes = [sample.latents.shape for sample in train]
         usual = max(shapes, key=shapes.count)
-        same = [sample for sample in samples if sample.latents.shape[1:] == usual]
-        self._reference = same[:: math.ceil(len(same) / REAL)]
+        self._real = [sample for sample in train if sample.latents.shape == usual][:REAL]
+        held_out = data.held_out.samples if data.held_out else ()
+        captions = [data.train.rules.plain(sample.item.caption) for sample in train]
+        self._asked = [*(sample.item.caption for sample in held_out), *captions][:PICTURES]
 
     @property
     def prompts(self) -> Sequence[str]:
@@ -75,20 +77,16 @@ class Fidelity:
     @property
     def passes(self) -> int:
         """Forward passes of one measurement."""
-        return len(self.prompts) * STEPS + self._drawn * (STEPS + 1)
-
-    @property
-    def _drawn(self) -> int:
-        return min(PICTURES, len(self._reference))
+        return len(self.prompts) * STEPS + len(self._asked) * (STEPS + 1)
 
     def every(self, steps: int, validations: int) -> int:
         """Steps between two measurements in a run of `steps`, a multiple of those between two `validations`, so that
         all take at most SHARE of its time; 0: only at the end."""
-        if not self._reference:
+        if not self._asked:
             return 0
         budget = SHARE * steps * self.config.batch_size * self.config.gradient_accumulation_steps * PASSES
         # Before the first step as much, and the real pictures; and once at the end.
-        count = int((budget - len(self._reference)) / self.passes) - 2
+        count = int((budget - len(self._real)) / self.passes) - 2
         if count < 1:
             return 0
         stride = max(1, validations)
@@ -96,7 +94,7 @@ class Fidelity:
 
     def __call__(self, segment: Segment, step: int) -> None:
         """Measure and tell; a run is not lost because it does not fit into the memory."""
-        if not self._reference:
+        if not self._asked:
             return
         self.sink(Progress(stage="comparing", done=0, total=1))
         try:
@@ -105,18 +103,18 @@ class Fidelity:
                     with segment.base():
                         self._base = self._of_base(segment)
                 drift = self._drift(segment) if step else 0.0
-                likeness = 1 - self._distance(segment, self._base.real) / self._base.distance if step else 0.0
+                likeness = self._likeness(segment) if step else 0.0
         except torch.cuda.OutOfMemoryError:
             torch.cuda.empty_cache()
             self.sink(Notice(text=f"step {step}: drift not measured, it does not fit into the memory", level="warning"))
             return
         self.sink(Progress(stage="comparing", done=1, total=1))
-        self.sink(Compared(step=step, likeness=likeness, drift=drift))
+        self.sink(Compared(step=step, likeness=likeness, drift=drift, score=likeness * (1 - drift)))
 
     def _of_base(self, segment: Segment) -> Base:
         x = self._noise(segment, "drift", len(self.prompts))
         way = drawn(segment.judge, x, contexts(segment.model, self.prompts), STEPS).way
-        latents = torch.stack([sample.latents[0] for sample in self._reference])
+        latents = torch.stack([sample.latents[0] for sample in self._real])
         real = self._seen(segment, latents.to(x.device))
         on_host = [(t, shown.cpu(), answered.cpu()) for t, shown, answered in way]
         return Base(on_host, real, self._distance(segment, real))
@@ -132,11 +130,16 @@ class Fidelity:
             whole += there.square().sum().item()
         return moved / whole
 
+    def _likeness(self, segment: Segment) -> float:
+        """Few pictures can seem nearer than real ones are to each other: that is as near as it gets."""
+        if self._base.distance <= 0:
+            return 1.0
+        return min(1.0, 1 - self._distance(segment, self._base.real) / self._base.distance)
+
     def _distance(self, segment: Segment, real: Tensor) -> float:
-        """How far the pictures that are drawn now, for captions of the real ones, are from those."""
-        captions = [sample.item.caption.split("\n")[0] for sample in self._reference[: self._drawn]]
-        x = self._noise(segment, "fidelity", self._drawn)
-        latents = drawn(segment.judge, x, contexts(segment.model, captions), STEPS).latents
+        """How far the pictures that are drawn now are from the real ones."""
+        x = self._noise(segment, "fidelity", len(self._asked))
+        latents = drawn(segment.judge, x, contexts(segment.model, self._asked), STEPS).latents
         return distance(self._seen(segment, latents), real)
 
     def _seen(self, segment: Segment, latents: Tensor) -> Tensor:
@@ -146,17 +149,15 @@ class Fidelity:
             return features(segment.judge, latents, self._noise(segment, "seen", len(latents)), context)
 
     def _noise(self, segment: Segment, purpose: str, count: int) -> Tensor:
-        shape = tuple(self._reference[0].latents.shape[1:])
+        shape = tuple(self._real[0].latents.shape[1:])
         return randomness.normal(SEED, purpose, range(count), shape).to(segment.model.facts.device)
 
 
 def distance(drawn: Tensor, real: Tensor) -> float:
-    """The energy distance (Székely & Rizzo 2013) of [n, C] features to [m, C], each feature in the real ones' standard
-    deviations; without bias, so that few pictures are on average as far as many."""
-    mean, scale = real.mean(dim=0), real.std(dim=0).clamp(min=1e-6)
-    x, y = ((seen - mean) / scale for seen in (drawn, real))
+    """The energy distance (Székely & Rizzo 2013) of [n, C] features to [m, C], without bias: few pictures are on average
+    as far as many."""
 
     def within(z: Tensor) -> Tensor:
         return torch.cdist(z, z).sum() / (len(z) * (len(z) - 1))
 
-    return (2 * torch.cdist(x, y).mean() - within(x) - within(y)).item()
+    return (2 * torch.cdist(drawn, real).mean() - within(drawn) - within(real)).item()

@@ -11,8 +11,8 @@ from torch import Tensor
 from lora_trainer.sampling import scheduler
 from lora_trainer.training.step import Network
 
-# Nearly clean latents, as DIFT (Tang et al. 2023, arXiv:2306.03881) reads features from.
-SEEN_AT = 0.1
+# Where features tell what a picture is of and like: timestep 261 of 1000 in DIFT (Tang et al. 2023, arXiv:2306.03881).
+SEEN_AT = 0.26
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from lora_trainer.ui.judgement import comparison
 from tests.unit.test_resume import Run, at_step
 from tests.unit.test_run import of, train
 
-OFTEN = {"measure_drift": True, "drift_prompts": ["a dog", "a house"], "validation_split": 0.4, "epochs": 6}
+OFTEN = {"measure_drift": True, "drift_prompts": ["a dog", "a house"], "validation_split": 0.4, "epochs": 4}
 
 
 @pytest.fixture
@@ -49,13 +49,14 @@ def test_a_run_begins_as_the_base_and_moves(settings, often):
     events, _ = train(settings, **OFTEN, learning_rate=2e-2)
     first, *others = of(events, Compared)
     assert (first.step, first.likeness, first.drift) == (0, 0.0, 0.0)
-    assert [event.step for event in others] == [4, 8, 12]
+    assert [event.step for event in others] == [4, 8]
     assert 0 < others[0].drift < others[-1].drift
-    assert len({event.likeness for event in others}) == 3
+    assert all(event.likeness <= 1 for event in others)
+    assert all(event.score == event.likeness * (1 - event.drift) for event in others)
 
 
 def test_measuring_changes_nothing_of_what_is_learned(settings, often):
-    _, without = train(settings, validation_split=0.4, epochs=6)
+    _, without = train(settings, validation_split=0.4, epochs=4)
     _, with_it = train(settings, **OFTEN)
     from safetensors.torch import load
 
@@ -66,17 +67,17 @@ def test_measuring_changes_nothing_of_what_is_learned(settings, often):
 def test_a_killed_run_measures_the_same(settings, often, tmp_path):
     undisturbed, job = Run(settings), Run(settings)
     undisturbed(output_dir=str(tmp_path / "undisturbed"), **OFTEN | {"train_text_encoder": True})
-    job.killed(at_step(6), **OFTEN | {"train_text_encoder": True})
+    job.killed(at_step(5), **OFTEN | {"train_text_encoder": True})
     job(**OFTEN | {"train_text_encoder": True})
     assert job.of(Compared) == undisturbed.of(Compared)[-len(job.of(Compared)) :]
-    assert {event.step for event in job.of(Compared)} >= {8, 12}
+    assert {event.step for event in job.of(Compared)} >= {8}
 
 
 def test_it_costs_its_share_of_the_run_at_most(settings):
     config = build(settings, {"measure_drift": True, "batch_size": 4})
     measure = Fidelity(config, print)
     assert measure.every(1000, 10) == 0
-    measure._reference = [SimpleNamespace()] * 24
+    measure._asked, measure._real = ["a caption"] * 8, [SimpleNamespace()] * 24
     assert measure.passes == len(PROMPTS) * STEPS + 8 * (STEPS + 1)
     # Too short for more than the beginning and the end.
     assert measure.every(100, 10) == 0
@@ -120,9 +121,9 @@ def test_the_log_the_job_and_the_tab_show_it(settings, often, tmp_path):
     view = first_view(Head("a", "style", 1.0, {}))
     for event in events:
         view = fold(view, Told(1.0, event))
-    assert [row[0] for row in view.comparisons] == [0, 4, 8, 12]
-    assert sum("other prompts changed by" in line for line in view.log) == 3
-    assert comparison(view).count("<tr") == 1 + 3
+    assert [row[0] for row in view.comparisons] == [0, 4, 8]
+    assert sum("other prompts changed by" in line for line in view.log) == 2
+    assert comparison(view).count("<tr") == 1 + 2
 
 
 def test_the_table_stays_short_and_marks_the_best_step():
