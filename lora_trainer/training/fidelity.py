@@ -60,12 +60,16 @@ class Fidelity:
 
     def look_at(self, data: TrainingData) -> None:
         """What is compared from now on: training pictures of the usual shape, spread over all."""
-        if not self.config.measure_drift:
+        if not self.config.measure_drift or self._real:
             return
         train = watched(data.train, len(data.train.samples), self.config.seed)
         shapes = [sample.latents.shape for sample in train]
         usual = max(shapes, key=shapes.count)
         self._real = [sample for sample in train if sample.latents.shape == usual][:REAL]
+        if len(self._real) < 2:
+            text = "measure_drift: nothing is measured, since no two training pictures have the same shape"
+            self.sink(Notice(text=text, level="warning"))
+            return
         held_out = data.held_out.samples if data.held_out else ()
         captions = [data.train.rules.plain(sample.item.caption) for sample in train]
         self._asked = [*(sample.item.caption for sample in held_out), *captions][:PICTURES]
@@ -154,8 +158,8 @@ class Fidelity:
 
 
 def distance(drawn: Tensor, real: Tensor) -> float:
-    """The energy distance (Székely & Rizzo 2013) of [n, C] features to [m, C], without bias: few pictures are on average
-    as far as many."""
+    """The energy distance (Székely & Rizzo 2013) of [n, C] features to [m, C], n and m at least 2, without bias: few
+    pictures are on average as far as many."""
 
     def within(z: Tensor) -> Tensor:
         return torch.cdist(z, z).sum() / (len(z) * (len(z) - 1))

@@ -105,6 +105,16 @@ def test_what_does_not_fit_is_said(settings, often, monkeypatch):
     assert any("drift not measured" in notice.text for notice in of(events, Notice))
 
 
+def test_pictures_of_different_shapes_are_not_compared(settings, pictures):
+    for name in ("p1.png", "p2.png", "p3.png", "p5.png"):
+        (pictures / name).unlink()
+    (pictures / "metadata.csv").write_text("p0.png,one\np4.png,another\n")
+    events, data = train(settings, measure_drift=True, overwrite=True)
+    assert data is not None
+    assert of(events, Compared) == []
+    assert len([notice for notice in of(events, Notice) if "no two training pictures" in notice.text]) == 1
+
+
 def test_drift_prompts_want_the_measurement(settings):
     with pytest.raises(ConfigError, match="drift_prompts: expected measure_drift beside them"):
         build(settings, {"drift_prompts": ["a dog"]})
