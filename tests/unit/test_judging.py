@@ -12,6 +12,7 @@ import torch
 
 from lora_trainer.config import build
 from lora_trainer.curve import Point, best, risen
+from lora_trainer.dataset.items import Item
 from lora_trainer.dataset.samples import Prepared, Sample
 from lora_trainer.errors import ConfigError
 from lora_trainer.events import Finished, Notice, Saved, StepDone, Validated
@@ -69,7 +70,7 @@ def test_the_draws_are_spread_evenly_and_all_of_them_are_all_pairs():
 def test_the_handful_is_chosen_by_name_in_its_plainest_form():
     def sample(name: str, size: int) -> Sample:
         ids = {"ids": torch.zeros(2, 77)}
-        return Sample(SimpleNamespace(path=Path(name)), size, torch.zeros(1), torch.zeros(1), ids, tokens=308)
+        return Sample(Item(Path(name), "", "test"), size, torch.zeros(1), torch.zeros(1), ids, tokens=308)
 
     pictures = [sample(f"{n}.png", size) for n in range(9) for size in (64, 128)]
     chosen = watched(Prepared(tuple(pictures), ()), 4, seed=1)
