@@ -77,7 +77,7 @@ class Choice:
 def build() -> Choice:
     import gradio as gr
 
-    with gr.Row(elem_classes=["lt-buttons"]):
+    with gr.Row(elem_classes=["lt-buttons"], equal_height=False):
         preset = controls.make(options()["preset"])
         # Choosing in a list what is chosen already is no event in all versions of gradio.
         again = gr.Button("Set its values again", elem_id="lora_trainer_preset_again", scale=0, min_width=160)
