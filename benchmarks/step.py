@@ -27,7 +27,7 @@ from lora_trainer.config import Config, build
 from lora_trainer.models.model import CheckpointHashes, Model, ModelFacts
 from lora_trainer.models.noise import NoiseSchedule, scaled_linear
 from lora_trainer.models.single_file import is_kernel
-from lora_trainer.models.text import TextEncoder, Tokenizer
+from lora_trainer.models.text import ClipEncoder, TextEncoder, Tokenizer
 from lora_trainer.training.control import StopOnly
 from lora_trainer.training.fit import Loop, fit
 from lora_trainer.training.results import Results
@@ -106,7 +106,7 @@ def model_of(work: Workload, *, webui: bool = False) -> Model:
     noise = NoiseSchedule(scaled_linear(0.00085, 0.012, 1000).to(device), "epsilon")
     facts = ModelFacts("random", None, device, work.dtype, CheckpointHashes)
     clip = models.text_encoder(device, work.dtype) if work.train_text_encoder else None
-    text = clip and TextEncoder(Tokenizer(), clip)
+    text = clip and TextEncoder(Tokenizer(), (ClipEncoder(clip),))
     unet = models.unet(work.family, device, work.dtype)
     if device.type == "cuda" and not webui:
         for weight in filter(is_kernel, unet.parameters()):

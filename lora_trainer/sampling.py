@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lora_trainer.adapters.inject import Adapter, inject_factors
 from lora_trainer.adapters.load import match, read_lora
-from lora_trainer.adapters.naming import PREFIXES
+from lora_trainer.adapters.parts import layer_name, parts_of
 from lora_trainer.errors import ModelError
 from lora_trainer.models.latents import decode, latent_shape, to_image
 from lora_trainer.models.model import Model
@@ -38,13 +38,16 @@ class Recipe:
 
 
 def scheduler(noise: NoiseSchedule) -> DDIMScheduler:
-    """diffusers' DDIM with this model's schedule, as Stable Diffusion 1.x is published with it."""
+    """diffusers' DDIM with this model's schedule, as Stable Diffusion 1.x is published with it. A schedule that ends
+    without signal starts at its very end (arXiv:2305.08891, section 3.3)."""
+    ends_in_noise = noise.alphas_cumprod[-1] == 0
     return DDIMScheduler(
         trained_betas=_betas(noise.alphas_cumprod.cpu().double()),
         prediction_type="epsilon" if noise.prediction == "epsilon" else "v_prediction",
         clip_sample=False,
         set_alpha_to_one=False,
-        steps_offset=1,
+        steps_offset=0 if ends_in_noise else 1,
+        timestep_spacing="trailing" if ends_in_noise else "leading",
     )
 
 
@@ -62,29 +65,36 @@ def start(recipe: Recipe, shape: tuple[int, int, int]) -> Tensor:
 def denoise(model: Model, prompt: str, recipe: Recipe, precision: Precision) -> Tensor:
     """The finished latents of one prompt, [1, 4, h, w] float32."""
     device = model.facts.device
-    context = contexts(model, [recipe.negative, prompt])
+    told = conditions(model, [recipe.negative, prompt], recipe.size)
     ddim = scheduler(model.noise)
     ddim.set_timesteps(recipe.steps)
     x = start(recipe, latent_shape(model.vae, *recipe.size)).to(device)
     for t in ddim.timesteps:
         with precision.autocast():
-            out = model.unet(x.expand(2, -1, -1, -1), t.to(device), encoder_hidden_states=context, return_dict=False)[
-                0
-            ].float()
+            out = model.unet(x.expand(2, -1, -1, -1), t.to(device), **told, return_dict=False)[0].float()
         away, towards = out.chunk(2)
         x = ddim.step(away + recipe.guidance * (towards - away), t, x, return_dict=False)[0]
     return x
 
 
 @torch.no_grad()
-def contexts(model: Model, prompts: Sequence[str]) -> Tensor:
-    """Embeddings [len(prompts), 77 n, width]: shorter ones are filled up with the empty prompt's chunks."""
+def conditions(model: Model, prompts: Sequence[str], size: tuple[int, int]) -> dict[str, object]:
+    """What the UNet is told of them, frozen: shorter ones are filled up with the empty prompt's chunks. SDXL is told of
+    a whole picture of `size`."""
     device = model.facts.device
-    ids = [model.text.tokenize(prompt) for prompt in prompts]
-    chunks = max(part.shape[0] for part in ids)
+    ids = {prompt: model.text.tokenize(prompt) for prompt in prompts}
+    chunks = max(part.shape[0] for part in ids.values())
     empty = model.text.tokenize("")
-    full = [torch.cat([part] + [empty] * (chunks - part.shape[0])) for part in ids]
-    return torch.cat([model.text.encode(part.to(device)) for part in full])
+    full = {prompt: torch.cat([part] + [empty] * (chunks - part.shape[0])) for prompt, part in ids.items()}
+    each = {prompt: model.text.conditions(part.to(device)) for prompt, part in full.items()}
+    said = [each[prompt] for prompt in prompts]
+    told: dict[str, object] = {"encoder_hidden_states": torch.cat([one.context for one in said])}
+    if said[0].pooled is not None:
+        width, height = size
+        sizes = torch.tensor([[height, width, 0, 0, height, width]], device=device, dtype=torch.float32)
+        pooled = torch.cat([one.pooled for one in said])
+        told["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": sizes.expand(len(said), -1)}
+    return told
 
 
 def _betas(alphas_cumprod: Tensor) -> list[float]:
@@ -93,18 +103,26 @@ def _betas(alphas_cumprod: Tensor) -> list[float]:
 
 
 def apply_lora(model: Model, path: Path) -> Adapter:
-    """Put the LoRA of `path` on `model`'s UNet and text encoder. Raises ModelError when it does not fit."""
+    """Put the LoRA of `path` on `model`'s UNet and text encoders. Raises ModelError when it does not fit."""
     lora = read_lora(path)
     layers: dict[str, LoraLayer] = {}
-    for part, network in (("unet", model.unet), ("text_encoder", model.text.module)):
-        matched, unmatched = match(lora, network, PREFIXES[part])
+    parts = parts_of(model)
+    strange = [name for name in lora.factors if not name.startswith(tuple(f"{p.prefix}_" for p in parts.values()))]
+    if strange:
+        raise ModelError(
+            f"{path}: made for another base model: {model.facts.name} has no place for {len(strange)} of its "
+            f"{len(lora.factors)} modules, for example {strange[0]}"
+        )
+    for name, part in parts.items():
+        matched, unmatched = match(lora, part.module, part.prefix, named=part.named)
         if unmatched:
             raise ModelError(
                 f"{path}: {len(unmatched)} of its {len(matched) + len(unmatched)} modules have no place in the "
-                f"{part.replace('_', ' ').replace('unet', 'UNet')} of {model.facts.name}, for example {unmatched[0]}"
+                f"{name.replace('_', ' ').replace('unet', 'UNet')} of {model.facts.name}, for example {unmatched[0]}"
             )
         if matched:
-            layers |= inject_factors(network, matched).layers
+            injected = inject_factors(part.module, matched).layers
+            layers |= {layer_name(name, module): layer for module, layer in injected.items()}
     if not layers:
         raise ModelError(f"{path}: made for another base model: none of its modules has a place in {model.facts.name}")
     factors = lora.factors.values()

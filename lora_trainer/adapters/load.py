@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,16 +67,20 @@ def read_lora(path: Path) -> Lora:
     return Lora(path, factors, metadata, precision)
 
 
-def match(lora: Lora, model: nn.Module, prefix: str = UNET_PREFIX) -> tuple[dict[str, Factors], list[str]]:
-    """(factors by module name in the model's order, names under `prefix` that the model does not have).
+def match(
+    lora: Lora, model: nn.Module, prefix: str = UNET_PREFIX, *, named: Callable[[str], str] = str
+) -> tuple[dict[str, Factors], list[str]]:
+    """(factors by module name in the model's order, names under `prefix` that the model does not have). A file may call
+    modules as the model does, or as `named` does.
 
     Raises ModelError when a module of that name has other sizes: families share names.
     """
     wanted = {name: factors for name, factors in lora.factors.items() if name.startswith(prefix + "_")}
     modules = {
-        kohya_name(prefix, name): (name, module.weight)
+        kohya_name(prefix, way(name)): (name, module.weight)
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, nn.Conv2d))
+        for way in (str, named)
     }
     for name in wanted.keys() & modules.keys():
         weight, f = modules[name][1], wanted[name]

@@ -10,8 +10,6 @@ from torch import Tensor
 
 UNET_PREFIX = "lora_unet"
 TEXT_PREFIX = "lora_te"
-# The networks of a run, by diffusers' names of them.
-PREFIXES = {"unet": UNET_PREFIX, "text_encoder": TEXT_PREFIX}
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ def to_kohya(prefix: str, factors: Mapping[str, Factors]) -> dict[str, Tensor]:
 
 
 def to_diffusers(factors: Mapping[str, Factors], network: str = "unet") -> dict[str, Tensor]:
-    """The tensors of `factors` under the names of pytorch_lora_weights.safetensors; `network` is one of PREFIXES.
+    """The tensors of `factors` under the names of pytorch_lora_weights.safetensors; `network` is diffusers' name of it.
 
     Only recent diffusers can read an alpha with this form, from the header; every version applies up · down as it is
     when there is none, so alpha / rank is folded into up.

@@ -52,7 +52,8 @@ class Config(Judging, frozen=True, kw_only=True, forbid_unknown_fields=True):
         ),
     ] = NONE
     base_model: Annotated[
-        str, _about(MODEL, "The checkpoint to train on: a single-file Stable Diffusion 1.x .safetensors or .ckpt.")
+        str,
+        _about(MODEL, "The checkpoint to train on: a single-file Stable Diffusion 1.x or SDXL .safetensors or .ckpt."),
     ]
     mixed_precision: Annotated[
         Literal["fp16", "bf16", "no"],

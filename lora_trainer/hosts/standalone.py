@@ -22,11 +22,9 @@ from lora_trainer.files import publish
 from lora_trainer.hosts.ports import Host
 from lora_trainer.lineplot import line_plot, png
 from lora_trainer.logs import CsvLog, TensorBoardLog, fan_out
-from lora_trainer.models.bridge import TEXT_PREFIX
 from lora_trainer.models.checkpoint import FileIdentity
 from lora_trainer.models.model import CheckpointHashes, Model
 from lora_trainer.models.single_file import model_of, place
-from lora_trainer.models.unet_names import LDM_PREFIX as UNET_PREFIX
 from lora_trainer.training.control import StopOnly
 from lora_trainer.training.finder import Finding, find_rate
 from lora_trainer.training.precision import resolve
@@ -140,8 +138,7 @@ class FileModels:
     @contextmanager
     def borrow(self) -> Iterator[Model]:
         if self._state is None:
-            trained = (UNET_PREFIX, TEXT_PREFIX) if self.train_text else (UNET_PREFIX,)
-            placed = place(self.path, self.device, self.dtype, trained=trained)
+            placed = place(self.path, self.device, self.dtype, train_text=self.train_text)
             self._state = (*placed, in_background(self.path))
         family, state, hashes = self._state
         yield model_of(state, family, self.path, device=self.device, hashes=hashes, clip_skip=self.clip_skip)

@@ -14,20 +14,23 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from lora_trainer.errors import ModelError
-from lora_trainer.models import unet_names, vae_names
+from lora_trainer.models import open_clip, unet_names, vae_names
 
 TEXT_PREFIX = "cond_stage_model.transformer."
 
 State = Mapping[str, Tensor]
 
 
-def unet_view(state: State, *, num_heads: int) -> UNet2DConditionModel:
-    """The UNet of an LDM state dict as a frozen diffusers model that shares every tensor."""
+def unet_view(state: State, *, num_heads: int | None = None, head_channels: int | None = None) -> UNet2DConditionModel:
+    """The UNet of an LDM state dict as a frozen diffusers model that shares every tensor.
+
+    Each attention has `num_heads`, or where that is not given as many as have `head_channels` each.
+    """
     part = _part(state, unet_names.LDM_PREFIX)
-    config = unet_config(part, num_heads=num_heads)
+    config = unet_config(part, num_heads=num_heads, head_channels=head_channels)
     layers = config["layers_per_block"]
     with torch.device("meta"), _Blank():
         unet = UNet2DConditionModel(**config)
@@ -49,17 +52,37 @@ def vae_view(state: State, *, scale_factor: float) -> AutoencoderKL:
 
 
 def text_view(
-    state: State, *, config_folder: Path | None = None, config: CLIPTextConfig | None = None
+    state: State, *, prefix: str = TEXT_PREFIX, config_folder: Path | None = None, config: CLIPTextConfig | None = None
 ) -> CLIPTextModel:
-    """SD1's CLIP text encoder as a frozen transformers model that shares every parameter.
+    """A CLIP text encoder of `state` as a frozen transformers model that shares every parameter.
 
     The number of heads is that of `config`, or read from `config_folder`, else it follows from CLIP's 64 channels a
     head.
     """
-    part = _part(state, TEXT_PREFIX)
+    part = _part(state, prefix)
     part = {name: tensor for name, tensor in part.items() if not name.endswith("position_ids")}
     with torch.device("meta"), _Blank():
         text = CLIPTextModel(config or text_config(part, config_folder))
+    return _assigned_text(text, part)
+
+
+def open_clip_view(state: State, *, prefix: str, projection: bool) -> CLIPTextModel | CLIPTextModelWithProjection:
+    """An OpenCLIP text encoder of `state` as a frozen transformers model that shares every parameter; with its
+    `projection`, which gives the pooled embedding, or without."""
+    part = open_clip.to_transformers(_part(state, prefix), projection=projection)
+    sizes = text_config(part, None)
+    ends = sizes.vocab_size - 1
+    # Both differ between versions of transformers where they are left to it.
+    settings = {"hidden_act": "gelu", "eos_token_id": ends, "bos_token_id": ends - 1, "pad_token_id": 0}
+    if projection and "text_projection.weight" in part:
+        settings["projection_dim"] = part["text_projection.weight"].shape[0]
+    kind = CLIPTextModelWithProjection if projection else CLIPTextModel
+    with torch.device("meta"), _Blank():
+        text = kind(CLIPTextConfig.from_dict({**sizes.to_dict(), **settings}))
+    return _assigned_text(text, part)
+
+
+def _assigned_text(text: nn.Module, part: State) -> nn.Module:
     # transformers 5 dropped the `text_model` level that files (and older versions) have.
     has_level = any(name.startswith("text_model.") for name, _ in text.named_parameters())
     _assign(text, part, lambda name: name if has_level else name.removeprefix("text_model."))
@@ -70,28 +93,43 @@ def text_view(
     return text
 
 
-def unet_config(part: State, *, num_heads: int) -> dict:
-    """UNet2DConditionModel's arguments, from the shapes of an LDM UNet (SD1 form)."""
+def unet_config(part: State, *, num_heads: int | None = None, head_channels: int | None = None) -> dict:
+    """UNet2DConditionModel's arguments, from the shapes of an LDM UNet."""
     numbers = sorted({int(name.split(".")[1]) for name in part if name.startswith("input_blocks.")})
     downs = [n for n in numbers if f"input_blocks.{n}.0.op.weight" in part]
     layers = downs[0] - 1 if downs else numbers[-1]
     firsts = [1] + [n + 1 for n in downs]
     channels = [part[f"input_blocks.{n}.0.in_layers.2.weight"].shape[0] for n in firsts]
-    attends = [f"input_blocks.{n}.1.proj_in.weight" in part for n in firsts]
-    context = f"input_blocks.{firsts[attends.index(True)]}.1.transformer_blocks.0.attn2.to_k.weight"
-    projection = f"input_blocks.{firsts[attends.index(True)]}.1.proj_in.weight"
-    return {
+    depths = [_depth(part, f"input_blocks.{n}.1") for n in firsts]
+    attends = [depth > 0 for depth in depths]
+    first = f"input_blocks.{firsts[attends.index(True)]}.1"
+    # diffusers takes the middle block's depth from the last level.
+    depths[-1] = depths[-1] or _depth(part, "middle_block.1")
+    config = {
         "in_channels": part["input_blocks.0.0.weight"].shape[1],
         "out_channels": part["out.2.weight"].shape[0],
         "block_out_channels": tuple(channels),
         "layers_per_block": layers,
         "down_block_types": tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends),
         "up_block_types": tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
-        "cross_attention_dim": part[context].shape[1],
+        "cross_attention_dim": part[f"{first}.transformer_blocks.0.attn2.to_k.weight"].shape[1],
         # diffusers means the number of heads by this name.
-        "attention_head_dim": num_heads,
-        "use_linear_projection": part[projection].dim() == 2,
+        "attention_head_dim": num_heads or tuple(max(1, c // head_channels) for c in channels),
+        "use_linear_projection": part[f"{first}.proj_in.weight"].dim() == 2,
+        "transformer_layers_per_block": tuple(depth or 1 for depth in depths),
     }
+    if "label_emb.0.0.weight" in part:
+        # SDXL's: the pooled embedding and the sizes, each as 256 numbers.
+        config["addition_embed_type"] = "text_time"
+        config["addition_time_embed_dim"] = 256
+        config["projection_class_embeddings_input_dim"] = part["label_emb.0.0.weight"].shape[1]
+    return config
+
+
+def _depth(part: State, block: str) -> int:
+    """How many transformer blocks are in `block`."""
+    start = f"{block}.transformer_blocks."
+    return len({name[len(start) :].split(".")[0] for name in part if name.startswith(start)})
 
 
 def vae_config(part: State, *, scale_factor: float) -> dict:

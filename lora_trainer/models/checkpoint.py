@@ -24,6 +24,8 @@ from lora_trainer.errors import ModelError
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth")
 # The parts of a Stable Diffusion file that a run needs; EMA copies and training leftovers stay in the file.
 PARTS = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.", "alphas_cumprod")
+# Tensors that say by being there that a model predicts v, and that its schedule ends without signal.
+V_PREDICTION, ZERO_TERMINAL = FLAGS = ("v_pred", "ztsnr")
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -109,12 +111,16 @@ def read_tensors(path: Path, device: torch.device, dtype_of: Placement) -> dict[
         return {
             name: tensor.to(device=device, dtype=_dtype(name, tensor, dtype_of), copy=True).contiguous()
             for name, tensor in _unpickle(path).items()
-            if name.startswith(PARTS)
+            if _needed(name)
         }
     return {
         name: tensor.to(device=device, dtype=_dtype(name, tensor, dtype_of))
-        for name, tensor in stored_tensors(path, lambda name: name.startswith(PARTS))
+        for name, tensor in stored_tensors(path, _needed)
     }
+
+
+def _needed(name: str) -> bool:
+    return name.startswith(PARTS) or name in FLAGS
 
 
 def stored_tensors(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> Iterator[tuple[str, Tensor]]:

@@ -3,20 +3,51 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from lora_trainer.errors import ModelError
 from lora_trainer.models.checkpoint import Shapes
 from lora_trainer.models.noise import Prediction
 
-SUPPORTED = "Stable Diffusion 1.x (.safetensors or .ckpt in the WebUI's single-file form)"
+SUPPORTED = "Stable Diffusion 1.x or SDXL (.safetensors or .ckpt in the WebUI's single-file form)"
 
-_CONTEXT = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
-_CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"
+_UNET = "model.diffusion_model."
+_CONV_IN = _UNET + "input_blocks.0.0.weight"
+# A text encoder's first tensor: transformers' name and OpenCLIP's.
+_EMBEDDING = {"clip": "text_model.embeddings.token_embedding.weight", "open_clip": "token_embedding.weight"}
+
+
+@dataclass(frozen=True)
+class TextPart:
+    """One text encoder of a family.
+
+    `prefix` begins its tensors' names in a checkpoint, whose `form` is transformers' or OpenCLIP's; `lora` its modules'
+    names in a LoRA. What it says is the output of `layer`, counted from the last, after the final norm if `normed`. The
+    token `pad` fills a chunk up (None: end-of-text). `pooled`: it also says one vector for the whole caption.
+    """
+
+    prefix: str
+    lora: str
+    form: Literal["clip", "open_clip"] = "clip"
+    layer: int = 1
+    normed: bool = True
+    pad: int | None = None
+    pooled: bool = False
+
+    @property
+    def embedding(self) -> str:
+        """The name of its token embedding in a checkpoint."""
+        return self.prefix + _EMBEDDING[self.form]
 
 
 @dataclass(frozen=True)
 class Family:
-    """`base_version` is what `ss_base_model_version` says; `scale_factor` turns VAE latents into UNet latents."""
+    """`base_version` is what `ss_base_model_version` says; `scale_factor` turns VAE latents into UNet latents.
+
+    A UNet has `num_heads` in each attention, or as many as have `head_channels` each. `ldm_names`: LoRA files call its
+    modules by CompVis' names instead of diffusers'. `clip_skip`: the user may choose the layer of the text encoder.
+    `heavy_text`: too large to be kept in fp32 for a few captions.
+    """
 
     name: str
     base_version: str
@@ -24,7 +55,12 @@ class Family:
     resolution: int
     scale_factor: float
     prediction: Prediction
-    num_heads: int
+    text: tuple[TextPart, ...]
+    num_heads: int | None = None
+    head_channels: int | None = None
+    ldm_names: bool = False
+    clip_skip: bool = False
+    heavy_text: bool = False
     linear_start: float = 0.00085
     linear_end: float = 0.012
     timesteps: int = 1000
@@ -37,14 +73,32 @@ SD1 = Family(
     resolution=512,
     scale_factor=0.18215,
     prediction="epsilon",
+    text=(TextPart("cond_stage_model.transformer.", "lora_te"),),
     num_heads=8,
+    clip_skip=True,
 )
+# Podell et al. 2023, arXiv:2307.01952.
+SDXL = Family(
+    name="SDXL",
+    base_version="sdxl_base_v1-0",
+    architecture="stable-diffusion-xl-v1-base",
+    resolution=1024,
+    scale_factor=0.13025,
+    prediction="epsilon",
+    text=(
+        TextPart("conditioner.embedders.0.transformer.", "lora_te1", layer=2, normed=False),
+        TextPart("conditioner.embedders.1.model.", "lora_te2", "open_clip", layer=2, normed=False, pad=0, pooled=True),
+    ),
+    head_channels=64,
+    ldm_names=True,
+    heavy_text=True,
+)
+FAMILIES = (SDXL, SD1)
 
 # The first key that is there names what the file is instead.
 _OTHERS = {
-    "conditioner.embedders.0.transformer.text_model.embeddings.position_embedding.weight": "an SDXL checkpoint",
-    "conditioner.embedders.0.model.text_projection": "an SDXL refiner checkpoint",
-    "cond_stage_model.model.text_projection": "a Stable Diffusion 2.x checkpoint",
+    "conditioner.embedders.0.model.token_embedding.weight": "an SDXL refiner checkpoint",
+    "cond_stage_model.model.token_embedding.weight": "a Stable Diffusion 2.x checkpoint",
     "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight": "a Stable Diffusion 3 checkpoint",
     "model.diffusion_model.double_blocks.0.img_attn.qkv.weight": "a Flux checkpoint",
     "double_blocks.0.img_attn.qkv.weight": "a Flux model",
@@ -62,14 +116,15 @@ def detect(shapes: Shapes, name: str) -> Family:
             raise ModelError(f"{name}: this is {kind}; expected {SUPPORTED}")
     if any(".lora_down." in key or ".lora_A." in key for key in shapes):
         raise ModelError(f"{name}: this is a LoRA, not a checkpoint; base_model must name {SUPPORTED}")
+    family = _by_text(shapes)
     missing = [
         part
-        for part, key in {
-            "a UNet with text attention": _CONTEXT,
-            "a VAE": "first_stage_model.decoder.conv_in.weight",
-            "a CLIP text encoder": "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight",
+        for part, there in {
+            "a UNet with text attention": any(_is_context(key) and shape for key, shape in shapes.items()),
+            "a VAE": bool(shapes.get("first_stage_model.decoder.conv_in.weight")),
+            "a CLIP text encoder": family is not None,
         }.items()
-        if not shapes.get(key)
+        if not there
     ]
     if missing:
         raise ModelError(f"{name}: not {SUPPORTED}: {' and '.join(missing)} not found in {len(shapes)} tensors")
@@ -81,4 +136,13 @@ def detect(shapes: Shapes, name: str) -> Family:
         raise ModelError(
             f"{name}: the UNet takes {channels} channels (an inpainting or editing checkpoint); expected 4"
         )
-    return SD1
+    return family
+
+
+def _by_text(shapes: Shapes) -> Family | None:
+    """The family whose text encoders are all there."""
+    return next((family for family in FAMILIES if all(shapes.get(part.embedding) for part in family.text)), None)
+
+
+def _is_context(key: str) -> bool:
+    return key.startswith(_UNET + "input_blocks.") and key.endswith(".1.transformer_blocks.0.attn2.to_k.weight")

@@ -21,6 +21,7 @@ class LdmConfig:
     """What a YAML may say; None where it does not."""
 
     num_heads: int | None = None
+    head_channels: int | None = None
     scale_factor: float | None = None
     linear_start: float | None = None
     linear_end: float | None = None
@@ -36,13 +37,16 @@ def read_beside(checkpoint: Path) -> LdmConfig:
         return LdmConfig()
     try:
         params = parse_yaml(_read(path))["model"]["params"]
+        # CompVis' name, and that of Stability's generative-models.
+        unet = _params(params, "unet_config") or _params(params, "network_config")
         return LdmConfig(
-            num_heads=_typed(_params(params, "unet_config"), "num_heads", int),
+            num_heads=_heads(unet, "num_heads"),
+            head_channels=_heads(unet, "num_head_channels"),
             scale_factor=_typed(params, "scale_factor", float),
             linear_start=_typed(params, "linear_start", float),
             linear_end=_typed(params, "linear_end", float),
             timesteps=_typed(params, "timesteps", int),
-            parameterization=_typed(params, "parameterization", str),
+            parameterization=_typed(params, "parameterization", str) or _scaling(params),
             text_folder=_folder(path.parent, _params(params, "cond_stage_config").get("version")),
         )
     except OSError as error:
@@ -68,6 +72,17 @@ def _typed(params: Mapping, key: str, kind: type[T]) -> T | None:
         wanted = "words" if kind is str else "a number above 0"
         raise TypeError(f"expected {wanted} for {key}, found {shown(value)}")
     return value
+
+
+def _scaling(params: Mapping) -> str | None:
+    """What is predicted, as Stability's generative-models say it."""
+    target = (_params(params, "denoiser_config").get("scaling_config") or {}).get("target")
+    return {"VScaling": "v", "EpsScaling": "eps"}.get(str(target).rpartition(".")[2])
+
+
+def _heads(params: Mapping, key: str) -> int | None:
+    """-1 is Stability's word for: by the other one."""
+    return None if params.get(key) == -1 else _typed(params, key, int)
 
 
 def _params(params: Mapping, key: str) -> Mapping:

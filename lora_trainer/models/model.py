@@ -23,13 +23,14 @@ class CheckpointHashes:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """Plain facts. `hashes` may wait for a background thread."""
+    """Plain facts. `hashes` may wait for a background thread. `notices`: what the user should know of the model."""
 
     name: str
     family: Family
     device: torch.device
     dtype: torch.dtype
     hashes: Callable[[], CheckpointHashes]
+    notices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lora_trainer.models.bridge import text_view, unet_view, vae_view
-from lora_trainer.models.checkpoint import read_shapes, read_tensors
+from lora_trainer.errors import ConfigError
+from lora_trainer.models.bridge import open_clip_view, text_view, unet_view, vae_view
+from lora_trainer.models.checkpoint import V_PREDICTION, ZERO_TERMINAL, read_shapes, read_tensors
 from lora_trainer.models.families import Family, detect
 from lora_trainer.models.ldm_yaml import LdmConfig, read_beside
 from lora_trainer.models.model import CheckpointHashes, Model, ModelFacts
 from lora_trainer.models.noise import NoiseSchedule, Prediction, scaled_linear
-from lora_trainer.models.text import TextEncoder, bundled
+from lora_trainer.models.text import ClipEncoder, TextEncoder, bundled
 from lora_trainer.models.unet_names import LDM_PREFIX as UNET
 
 _PARAMETERIZATIONS: dict[str, Prediction] = {"eps": "epsilon", "v": "v"}
 
 
 def place(
-    path: Path, device: torch.device, dtype: torch.dtype, *, trained: tuple[str, ...] = (UNET,)
+    path: Path, device: torch.device, dtype: torch.dtype, *, train_text: bool = False
 ) -> tuple[Family, dict[str, Tensor]]:
     """The file's family and its state dict, each tensor copied and converted once.
 
-    What is `trained` takes the compute `dtype`; all else stays fp32, since it runs once an image. On a GPU the UNet's
-    k×k kernels lie channels-last, as the fast step reads them: these tensors are ours alone. Raises ModelError.
+    What is trained takes the compute `dtype`, and so do text encoders that are heavy; all else stays fp32, since it
+    runs once an image. On a GPU the UNet's k×k kernels lie channels-last, as the fast step reads them: these tensors
+    are ours alone. Raises ModelError.
     """
     family = detect(read_shapes(path), str(path))
-    state = read_tensors(path, device, lambda name: dtype if name.startswith(trained) else torch.float32)
+    light = (UNET, *(part.prefix for part in family.text if train_text or family.heavy_text))
+    state = read_tensors(path, device, lambda name: dtype if name.startswith(light) else torch.float32)
     if device.type == "cuda":
         for name in [name for name, tensor in state.items() if name.startswith(UNET) and is_kernel(tensor)]:
             state[name] = state[name].contiguous(memory_format=torch.channels_last)
@@ -50,12 +53,15 @@ def model_of(
     hashes: Callable[[], CheckpointHashes],
     clip_skip: int | None = None,
 ) -> Model:
-    """Views of a placed state dict. What shapes do not tell comes from the YAML beside `path`."""
+    """Views of a placed state dict. What shapes do not tell comes from the YAML beside `path`.
+
+    Raises ConfigError for a `clip_skip` in a family that has none.
+    """
     config = read_beside(path)
-    unet = unet_view(state, num_heads=config.num_heads or family.num_heads)
+    unet = unet_view(state, **heads_of(family, config))
     return Model(
         unet=unet,
-        text=TextEncoder(bundled(), text_view(state, config_folder=config.text_folder), clip_skip or 1),
+        text=text_of(state, family, config, clip_skip),
         vae=vae_view(state, scale_factor=config.scale_factor or family.scale_factor),
         noise=schedule(state, family, config).to(device),
         facts=ModelFacts(
@@ -64,13 +70,56 @@ def model_of(
             device=device,
             dtype=unet.dtype,
             hashes=hashes,
+            notices=tuple(notices(state, config)),
         ),
     )
 
 
+def heads_of(family: Family, config: LdmConfig) -> dict[str, int | None]:
+    """`unet_view`'s, of the YAML where it says them."""
+    if config.num_heads or config.head_channels:
+        return {"num_heads": config.num_heads, "head_channels": config.head_channels}
+    return {"num_heads": family.num_heads, "head_channels": family.head_channels}
+
+
+def text_of(state: dict[str, Tensor], family: Family, config: LdmConfig, clip_skip: int | None) -> TextEncoder:
+    """Views of the family's text encoders."""
+    if not family.clip_skip and clip_skip not in (None, family.text[0].layer):
+        layer = f"always takes layer {family.text[0].layer} from the end"
+        raise ConfigError([f"clip_skip: {family.name} {layer}; expected nothing, found {clip_skip}"])
+    encoders = []
+    for part in family.text:
+        if part.form == "clip":
+            view = text_view(state, prefix=part.prefix, config_folder=config.text_folder)
+        else:
+            view = open_clip_view(state, prefix=part.prefix, projection=part.pooled)
+        encoders.append(ClipEncoder(view, clip_skip or part.layer, part.normed, part.pad, part.pooled))
+    return TextEncoder(bundled(), tuple(encoders))
+
+
 def schedule(state: dict[str, Tensor], family: Family, config: LdmConfig) -> NoiseSchedule:
-    """The YAML's schedule, else the file's own table, else the family's."""
-    prediction = _PARAMETERIZATIONS.get(config.parameterization or "", family.prediction)
+    """The YAML's schedule, else the file's own table, else the family's; what is predicted likewise."""
+    own: Prediction = "v" if V_PREDICTION in state else family.prediction
+    prediction = _PARAMETERIZATIONS.get(config.parameterization or "", own)
+    noise = _signal(state, family, config, prediction)
+    return noise.zero_terminal() if ZERO_TERMINAL in state else noise
+
+
+def notices(state: dict[str, Tensor], config: LdmConfig) -> Iterator[str]:
+    """What the file says of how it is to be sampled, which not every host reads."""
+    if V_PREDICTION in state and config.parameterization is None:
+        yield (
+            "base model: its key v_pred says that it predicts v, and so it is trained; WebUI 1.10 draws it as epsilon "
+            "unless a YAML beside it says otherwise, Forge and reForge read the key"
+        )
+    if ZERO_TERMINAL in state:
+        yield (
+            "base model: its key ztsnr says that its noise schedule ends without signal, and so it is trained; WebUI "
+            "1.10 needs the setting Noise schedule for sampling: Zero Terminal SNR"
+        )
+
+
+def _signal(state: dict[str, Tensor], family: Family, config: LdmConfig, prediction: Prediction) -> NoiseSchedule:
     start, end, count = config.linear_start, config.linear_end, config.timesteps
     table = state.get("alphas_cumprod")
     if table is not None and start is None:

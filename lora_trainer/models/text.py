@@ -1,4 +1,4 @@
-"""Captions to text embeddings: token ids in chunks of 75, then CLIP.
+"""Captions to text embeddings: token ids in chunks of 75, then CLIP, once or twice.
 
 As in the WebUI, a caption longer than 75 tokens is cut into chunks that are encoded one by one and joined, so
 every embedding has 77 tokens a chunk.
@@ -10,13 +10,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizerFast
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizerFast
 
 CHUNK = 75
+# End-of-text, of every CLIP.
+END = 49407
 TOKENIZER_FOLDER = Path(__file__).parent / "clip"
+# diffusers' names of a model's first and second text encoder.
+NETWORKS = ("text_encoder", "text_encoder_2")
 
 
 class Tokenizer:
@@ -38,53 +43,54 @@ class Tokenizer:
 
 @cache
 def bundled() -> Tokenizer:
-    """CLIP's own, read once a process: it never changes, and each reading leaves about a kilobyte in the library."""
+    """CLIP's own, read once a process: it never changes, and each reading leaves about a kilobyte in its library."""
     return Tokenizer()
 
 
-@dataclass(frozen=True)
-class TextEncoder:
-    """The text side of a model: its modules, and a pure function of token ids.
+class Conditions(NamedTuple):
+    """What a UNet is told of captions: context [B, 77 × chunks, width], and pooled [B, width] in the families that have
+    one vector a caption."""
 
-    `encode` does not decide about gradients. `clip_skip` 1 takes the last layer's output, 2 that of the layer before.
-    `context` is what a batch holds of a caption that is encoded ahead, `tokens` of one that is encoded in the step.
+    context: Tensor
+    pooled: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ClipEncoder:
+    """One CLIP: what it says of token ids is a layer's output.
+
+    `clip_skip` 1 takes the last layer's, 2 that of the layer before, after the final norm if `normed`. The token `pad`
+    fills chunks up behind the end of the text; None leaves end-of-text there. With `pooled` it has a second voice: the
+    last layer's output at the end of the text, normed and projected.
     """
 
-    tokenizer: Callable[[str], Tensor]
-    module: CLIPTextModel
+    module: CLIPTextModel | CLIPTextModelWithProjection
     clip_skip: int = 1
+    normed: bool = True
+    pad: int | None = None
+    pooled: bool = False
 
-    def tokenize(self, caption: str) -> Tensor:
-        """[chunks, 77] int64 on the CPU."""
-        return self.tokenizer(caption)
+    def __call__(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """[chunks, 77] token ids to [chunks, 77, width], and to [chunks, projection] where it is `pooled`."""
+        if self.clip_skip == 1 and self.normed and not self.pooled:
+            return self.module(input_ids=ids).last_hidden_state, None
+        layers = self.inner(input_ids=self.padded(ids), output_hidden_states=True).hidden_states
+        hidden = layers[-self.clip_skip]
+        return self.inner.final_layer_norm(hidden) if self.normed else hidden, self.pool(layers[-1], ids)
 
-    def encode(self, ids: Tensor, weights: Tensor | None = None) -> Tensor:
-        """[chunks, 77] token ids (and optional emphasis of the same shape) to [1, 77 × chunks, width]."""
-        embedded = self._hidden(ids)
-        if weights is not None:
-            embedded = self.weigh(embedded, weights)
-        return embedded.reshape(1, -1, embedded.shape[-1])
+    def pool(self, last: Tensor, ids: Tensor) -> Tensor | None:
+        """[chunks, projection] of the last layer's output [chunks, 77, width]; None where it is not `pooled`."""
+        if not self.pooled:
+            return None
+        at_end = last[torch.arange(len(ids), device=ids.device), ends(ids)]
+        return self.module.text_projection(self.inner.final_layer_norm(at_end))
 
-    def weigh(self, embedded: Tensor, weights: Tensor) -> Tensor:
-        """Emphasis [chunks, 77] on [chunks, 77, width]: it multiplies each token's embedding and restores each chunk's
-        mean, as the WebUI's "Original" mode does for one caption."""
-        plain = embedded.float()
-        weighed = plain * weights.unsqueeze(-1)
-        mean, new_mean = (x.mean(dim=(1, 2), keepdim=True) for x in (plain, weighed))
-        return (weighed * (mean / new_mean)).to(embedded.dtype)
-
-    def embed(self, caption: str) -> Tensor:
-        """[1, 77 × chunks, width] of one caption, frozen."""
-        with torch.no_grad():
-            return self.encode(self.tokenize(caption).to(next(self.module.parameters()).device))
-
-    def context(self, caption: str) -> dict[str, Tensor]:
-        """`context`: the frozen encoder's embedding, [77 × chunks, width] float32 on the CPU."""
-        return {"context": self.embed(caption)[0].float().cpu()}
-
-    def tokens(self, caption: str) -> dict[str, Tensor]:
-        """`ids`: [chunks, 77] int64 on the CPU; and `emphasis` of that shape where captions have it."""
-        return {"ids": self.tokenize(caption)}
+    def padded(self, ids: Tensor) -> Tensor:
+        """[chunks, 77] with its own padding."""
+        if self.pad is None:
+            return ids
+        behind = torch.arange(ids.shape[1], device=ids.device) > ends(ids).unsqueeze(1)
+        return ids.masked_fill(behind, self.pad)
 
     @property
     def inner(self) -> nn.Module:
@@ -93,11 +99,85 @@ class TextEncoder:
 
     @property
     def layers(self) -> int:
-        """How many of the encoder's layers are heard."""
-        return len(self.inner.encoder.layers) + 1 - self.clip_skip
+        """How many of its layers are heard."""
+        count = len(self.inner.encoder.layers)
+        return count if self.pooled else count + 1 - self.clip_skip
 
-    def _hidden(self, ids: Tensor) -> Tensor:
-        if self.clip_skip == 1:
-            return self.module(input_ids=ids).last_hidden_state
-        hidden = self.module(input_ids=ids, output_hidden_states=True).hidden_states[-self.clip_skip]
-        return self.inner.final_layer_norm(hidden)
+
+def ends(ids: Tensor) -> Tensor:
+    """[chunks]: where the text of each chunk [77] ends."""
+    return (ids == END).int().argmax(-1)
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """The text side of a model: its encoders, side by side, and a pure function of token ids.
+
+    `encode` does not decide about gradients. `context` is what a batch holds of a caption that is encoded ahead,
+    `tokens` of one that is encoded in the step.
+    """
+
+    tokenizer: Callable[[str], Tensor]
+    encoders: tuple[ClipEncoder, ...]
+
+    @property
+    def networks(self) -> dict[str, ClipEncoder]:
+        """The encoders by diffusers' names of them."""
+        return dict(zip(NETWORKS, self.encoders, strict=False))
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        return [encoder.module for encoder in self.encoders]
+
+    @property
+    def module(self) -> nn.Module:
+        """The first encoder's: the only one before SDXL."""
+        return self.encoders[0].module
+
+    @property
+    def clip_skip(self) -> int:
+        return self.encoders[0].clip_skip
+
+    def tokenize(self, caption: str) -> Tensor:
+        """[chunks, 77] int64 on the CPU."""
+        return self.tokenizer(caption)
+
+    def conditions(self, ids: Tensor, weights: Tensor | None = None) -> Conditions:
+        """One caption's [chunks, 77] token ids (and optional emphasis of the same shape). What is pooled is the first
+        chunk."""
+        said = [encoder(ids) for encoder in self.encoders]
+        parts = [hidden if weights is None else self.weigh(hidden, weights) for hidden, _ in said]
+        embedded = torch.cat(parts, dim=-1)
+        pooled = next((pooled[:1] for _, pooled in said if pooled is not None), None)
+        return Conditions(embedded.reshape(1, -1, embedded.shape[-1]), pooled)
+
+    def encode(self, ids: Tensor, weights: Tensor | None = None) -> Tensor:
+        """The context alone: [1, 77 × chunks, width]."""
+        return self.conditions(ids, weights).context
+
+    def weigh(self, embedded: Tensor, weights: Tensor) -> Tensor:
+        """Emphasis [chunks, 77] on one encoder's [chunks, 77, width]: it multiplies each token's embedding and restores
+        each chunk's mean, as the WebUI's "Original" mode does for one caption."""
+        plain = embedded.float()
+        weighed = plain * weights.unsqueeze(-1)
+        mean, new_mean = (x.mean(dim=(1, 2), keepdim=True) for x in (plain, weighed))
+        return (weighed * (mean / new_mean)).to(embedded.dtype)
+
+    def read(self, caption: str) -> Conditions:
+        """One caption, frozen."""
+        with torch.no_grad():
+            return self.conditions(self.tokenize(caption).to(next(self.module.parameters()).device))
+
+    def embed(self, caption: str) -> Tensor:
+        """[1, 77 × chunks, width] of one caption, frozen."""
+        return self.read(caption).context
+
+    def context(self, caption: str) -> dict[str, Tensor]:
+        """`context`: the frozen encoders' embedding, [77 × chunks, width], and `pooled` [width] where there is one;
+        float32 on the CPU."""
+        said = self.read(caption)._asdict()
+        return {name: part[0].float().cpu() for name, part in said.items() if part is not None}
+
+    def tokens(self, caption: str) -> dict[str, Tensor]:
+        """`ids`: [chunks, 77] int64 on the CPU; and `emphasis` of that shape where captions have it."""
+        return {"ids": self.tokenize(caption)}

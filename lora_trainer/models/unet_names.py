@@ -7,6 +7,7 @@ LDM numbers its blocks through (`input_blocks.4.1`), diffusers groups them by le
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 LDM_PREFIX = "model.diffusion_model."
 
@@ -60,3 +61,24 @@ def _split_outer(name: str, layers_per_block: int) -> tuple[str, str]:
         return f"{block}.upsamplers.0", inner
     kind = "resnets" if inner.startswith(tuple(_RESNET)) else "attentions"
     return f"{block}.{kind}.{position}", inner
+
+
+def to_ldm(name: str, layers_per_block: int, attends: Sequence[bool]) -> str:
+    """LDM's name of the UNet module that diffusers calls `name`; `attends`: which levels of the up side do."""
+    for ldm, diffusers in _OUTER.items():
+        if name == diffusers or name.startswith(diffusers + "."):
+            return _joined(ldm, name[len(diffusers) + 1 :])
+    side, level, kind, position, *inner = name.split(".")
+    first = int(level) * (layers_per_block + 1) + (1 if side == "down_blocks" else 0)
+    if kind == "downsamplers":
+        return f"input_blocks.{first + layers_per_block}.0.op"
+    if kind == "upsamplers":
+        # Behind the resnet and, where the level has one, the attention.
+        return f"output_blocks.{first + layers_per_block}.{2 if attends[int(level)] else 1}.conv"
+    block = f"{'input' if side == 'down_blocks' else 'output'}_blocks.{first + int(position)}"
+    return _joined(f"{block}.{int(kind == 'attentions')}", ".".join(inner))
+
+
+def _joined(outer: str, inner: str) -> str:
+    theirs = {diffusers: ldm for ldm, diffusers in _RESNET.items()}
+    return ".".join(part for part in (outer, theirs.get(inner, inner)) if part)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_trainer.models.text import TextEncoder
+from lora_trainer.models.text import ClipEncoder, Conditions, TextEncoder, ends
 from lora_trainer.training.checkpointing import recomputed
 from lora_trainer.training.fused import Fused
 
@@ -27,21 +27,42 @@ class StepClip:
     checkpointing: bool = False
     trained: bool = True
 
-    def __call__(self, ids: Tensor, emphasis: Tensor | None = None) -> Tensor:
-        """[B, n, 77] token ids (and emphasis of that shape) to [B, 77 n, width] in the compute dtype.
+    def __call__(self, ids: Tensor, emphasis: Tensor | None = None) -> Conditions:
+        """[B, n, 77] token ids (and emphasis of that shape) to context [B, 77 n, width], and pooled [B, projection] of
+        the first chunks, in the compute dtype.
 
         Each chunk of 77 is encoded by itself, as the frozen encoder does.
         """
-        inner, ops = self.text.inner, self.fused.ops
+        chunks, contexts, pooled = ids.flatten(0, 1), [], None
         trained = self.trained and torch.is_grad_enabled()
         with torch.autocast(ids.device.type, enabled=False), torch.set_grad_enabled(trained):
-            x = self._embedded(inner.embeddings, ids.flatten(0, 1))
-            for layer in inner.encoder.layers[: self.text.layers]:
-                x = recomputed(self._layer, layer, x) if self.checkpointing and trained else self._layer(layer, x)
-            x, _ = ops.layer_norm(x, inner.final_layer_norm)
-            if emphasis is not None:
-                x = self.text.weigh(x, emphasis.flatten(0, 1))
-        return x.reshape(len(ids), -1, x.shape[-1])
+            for encoder in self.text.encoders:
+                x, last = self._hidden(encoder, chunks)
+                if emphasis is not None:
+                    x = self.text.weigh(x, emphasis.flatten(0, 1))
+                contexts.append(x.reshape(len(ids), -1, x.shape[-1]))
+                if encoder.pooled:
+                    pooled = self._pooled(encoder, last.unflatten(0, ids.shape[:2])[:, 0], ids[:, 0])
+        return Conditions(contexts[0] if len(contexts) == 1 else torch.cat(contexts, dim=-1), pooled)
+
+    def _hidden(self, encoder: ClipEncoder, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """[M, 77] to what the encoder says and its last layer's output, [M, 77, width] each."""
+        inner = encoder.inner
+        x = said = self._embedded(inner.embeddings, encoder.padded(ids))
+        heard = len(inner.encoder.layers) + 1 - encoder.clip_skip
+        checkpointing = self.checkpointing and torch.is_grad_enabled()
+        for number, layer in enumerate(inner.encoder.layers[: encoder.layers], start=1):
+            x = recomputed(self._layer, layer, x) if checkpointing else self._layer(layer, x)
+            said = x if number == heard else said
+        if encoder.normed:
+            said, _ = self.fused.ops.layer_norm(said, inner.final_layer_norm)
+        return said, x
+
+    def _pooled(self, encoder: ClipEncoder, last: Tensor, ids: Tensor) -> Tensor:
+        """[B, projection] of the last layer's [B, 77, width] where the text [B, 77] ends."""
+        at_end = last[torch.arange(len(ids), device=ids.device), ends(ids)]
+        normed, _ = self.fused.ops.layer_norm(at_end, encoder.inner.final_layer_norm)
+        return self.fused.linear(encoder.module.text_projection, normed)
 
     def _embedded(self, embeddings: nn.Module, ids: Tensor) -> Tensor:
         """[M, 77] to [M, 77, width]."""

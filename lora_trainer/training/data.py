@@ -139,7 +139,7 @@ def load(
 def _encoders(config: Config, model: Model) -> Encoders:
     text = model.text
     cache = Cache(Path(config.cache_dir) if config.cache_dir else None)
-    vae_key, text_key = (fingerprint(part) if cache.folder else "" for part in (model.vae, text.module))
+    vae_key, text_key = (fingerprint(*part) if cache.folder else "" for part in ([model.vae], text.modules))
     # The WebUI's reading of a caption depends on more than the caption: embeddings, settings. Tokens cost nothing.
     cached = text_key and config.caption_syntax == "literal" and not config.train_text_encoder
     return Encoders(

@@ -15,7 +15,7 @@ from torch import Tensor
 from lora_trainer.config import Config
 from lora_trainer.dataset.samples import Sample
 from lora_trainer.events import Compared, EventSink, Notice, Progress
-from lora_trainer.sampling import contexts
+from lora_trainer.sampling import conditions
 from lora_trainer.training import randomness
 from lora_trainer.training.data import TrainingData
 from lora_trainer.training.judging import PASSES, SHARE, watched
@@ -117,7 +117,7 @@ class Fidelity:
 
     def _of_base(self, segment: Segment) -> Base:
         x = self._noise(segment, "drift", len(self.prompts))
-        way = drawn(segment.judge, x, contexts(segment.model, self.prompts), STEPS).way
+        way = drawn(segment.judge, x, self._told(segment, self.prompts), STEPS).way
         latents = torch.stack([sample.latents[0] for sample in self._real])
         real = self._seen(segment, latents.to(x.device))
         on_host = [(t, shown.cpu(), answered.cpu()) for t, shown, answered in way]
@@ -126,11 +126,11 @@ class Fidelity:
     def _drift(self, segment: Segment) -> float:
         """How far answers to other prompts are from the base's, squared, as a share of the base's own; at the places to
         which the base's own way leads."""
-        context = contexts(segment.model, self.prompts)
+        told, device = self._told(segment, self.prompts), segment.model.facts.device
         moved = whole = 0.0
         for t, shown, answered in self._base.way:
-            there = answered.to(context.device)
-            moved += (answer(segment.judge, shown.to(context.device), t, context) - there).square().sum().item()
+            there = answered.to(device)
+            moved += (answer(segment.judge, shown.to(device), t, told) - there).square().sum().item()
             whole += there.square().sum().item()
         return moved / whole
 
@@ -143,14 +143,18 @@ class Fidelity:
     def _distance(self, segment: Segment, real: Tensor) -> float:
         """How far the pictures that are drawn now are from the real ones."""
         x = self._noise(segment, "fidelity", len(self._asked))
-        latents = drawn(segment.judge, x, contexts(segment.model, self._asked), STEPS).latents
+        latents = drawn(segment.judge, x, self._told(segment, self._asked), STEPS).latents
         return distance(self._seen(segment, latents), real)
 
     def _seen(self, segment: Segment, latents: Tensor) -> Tensor:
         """By the base, whatever has been learned."""
         with segment.base():
-            context = contexts(segment.model, [""]).expand(len(latents), -1, -1)
-            return features(segment.judge, latents, self._noise(segment, "seen", len(latents)), context)
+            told = self._told(segment, [""] * len(latents))
+            return features(segment.judge, latents, self._noise(segment, "seen", len(latents)), told)
+
+    def _told(self, segment: Segment, prompts: Sequence[str]) -> dict[str, object]:
+        bucket = self._real[0].bucket
+        return conditions(segment.model, prompts, (bucket.width, bucket.height))
 
     def _noise(self, segment: Segment, purpose: str, count: int) -> Tensor:
         shape = tuple(self._real[0].latents.shape[1:])

@@ -131,7 +131,7 @@ class Job:
 
     def _segment(self, model: Model, lease: GpuLease) -> Outcome:
         if not self._base:
-            self._base = fingerprint(model.unet, model.text.module)
+            self._base = fingerprint(model.unet, *model.text.modules)
             if self.begun.kept is not None:
                 resume.same_base(self.begun.kept.facts, self._base)
         outcome = self.prepare(model, lease)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,35 +25,36 @@ class Drawn:
 
 
 @torch.no_grad()
-def answer(network: Network, x: Tensor, t: int, context: Tensor) -> Tensor:
-    """The UNet's prediction [B, 4, h, w] float32 for noisy latents `x` at timestep `t`."""
+def answer(network: Network, x: Tensor, t: int, told: Mapping[str, object]) -> Tensor:
+    """The UNet's prediction [B, 4, h, w] float32 for noisy latents `x` at timestep `t`, `told` as `sampling.conditions`
+    say it."""
     times = torch.full((len(x),), t, device=x.device)
     with network.precision.autocast():
         shown = x.contiguous(memory_format=network.memory_format)
-        return network.unet(shown, times, encoder_hidden_states=context, return_dict=False)[0].float()
+        return network.unet(shown, times, **told, return_dict=False)[0].float()
 
 
-def drawn(network: Network, x: Tensor, context: Tensor, steps: int) -> Drawn:
-    """From starting noise `x` [B, 4, h, w] and embeddings [B, 77 n, width]."""
+def drawn(network: Network, x: Tensor, told: Mapping[str, object], steps: int) -> Drawn:
+    """From starting noise `x` [B, 4, h, w] and what the UNet is told of B captions."""
     ddim = scheduler(network.noise)
     ddim.set_timesteps(steps)
     way = []
     for t in ddim.timesteps.tolist():
-        out = answer(network, x, t, context)
+        out = answer(network, x, t, told)
         way.append((t, x, out))
         x = ddim.step(out, t, x, return_dict=False)[0]
     return Drawn(x, way)
 
 
 @torch.no_grad()
-def features(network: Network, latents: Tensor, noise: Tensor, context: Tensor) -> Tensor:
+def features(network: Network, latents: Tensor, noise: Tensor, told: Mapping[str, object]) -> Tensor:
     """[B, C] float32: the middle block's answer to each of `latents`, the mean over its places."""
     found: list[Tensor] = []
     hook = network.unet.mid_block.register_forward_hook(lambda module, given, out: found.append(out))
     try:
         t = int(SEEN_AT * network.noise.timesteps)
         times = torch.full((len(latents),), t, device=latents.device)
-        answer(network, network.noise.add_noise(latents, noise, times), t, context)
+        answer(network, network.noise.add_noise(latents, noise, times), t, told)
     finally:
         hook.remove()
     return found[0].float().mean(dim=(2, 3))

@@ -12,7 +12,8 @@ from PIL.Image import Image
 from torch import Tensor
 
 from lora_trainer.adapters.metadata import BaseFacts, DataFacts, Folder, RunFacts, build_metadata
-from lora_trainer.adapters.naming import PREFIXES, to_diffusers, to_kohya
+from lora_trainer.adapters.naming import to_diffusers
+from lora_trainer.adapters.parts import parts_of
 from lora_trainer.adapters.save import assemble
 from lora_trainer.config import Config, trigger_words_of
 from lora_trainer.config.export import to_header, to_yaml
@@ -173,7 +174,7 @@ class Output:
             sha256=hashes.sha256,
         )
         resolution = self.config.resolution or facts.family.resolution
-        skip = model.text.clip_skip
+        skip = model.text.clip_skip if facts.family.clip_skip else 1
         run = RunFacts(
             name=self.name,
             session_id=randomness.key(self.config.seed, f"session {self.name} {self.started_at}") >> 31,
@@ -192,12 +193,12 @@ class Output:
 
 def _kohya(segment: Segment) -> dict[str, Tensor]:
     """What is learned, in the WebUI's form."""
-    parts = [to_kohya(PREFIXES[part], adapter.factors()) for part, adapter in segment.adapters.items()]
-    return {name: tensor for part in parts for name, tensor in part.items()}
+    parts, learned = parts_of(segment.model), segment.factors()
+    return {name: t for part, factors in learned.items() for name, t in parts[part].to_kohya(factors).items()}
 
 
 def _diffusers(segment: Segment) -> dict[str, Tensor]:
-    parts = [to_diffusers(adapter.factors(), part) for part, adapter in segment.adapters.items()]
+    parts = [to_diffusers(factors, part) for part, factors in segment.factors().items()]
     return {name: tensor for part in parts for name, tensor in part.items()}
 
 

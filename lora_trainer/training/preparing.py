@@ -49,5 +49,7 @@ class Preparing:
         notice = resolve(self.config.mixed_precision, model.facts.device)[1]
         if notice:
             self.sink(Notice(text=notice))
+        for told in model.facts.notices:
+            self.sink(Notice(text=told))
         if self.config.enable_xformers:
             self.sink(Notice(text="enable_xformers: not needed, torch's own attention (SDPA) does the same"))

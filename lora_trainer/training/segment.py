@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_trainer.adapters.inject import ADAPTER, Adapter, inject
-from lora_trainer.adapters.naming import text_name
+from lora_trainer.adapters.naming import Factors, text_name
+from lora_trainer.adapters.parts import layer_name
 from lora_trainer.adapters.targets import select, select_text
 from lora_trainer.config import Config
 from lora_trainer.config.rules import ONE_RATE
@@ -48,7 +49,7 @@ ROOM = 6 * 1024**3
 
 @dataclass(frozen=True)
 class Segment:
-    """The machinery of one borrowing. `adapters`: what is trained, by the names of `naming.PREFIXES`."""
+    """The machinery of one borrowing. `adapters`: what is trained, by diffusers' names of the networks."""
 
     config: Config
     model: Model
@@ -72,10 +73,17 @@ class Segment:
     def modules(self) -> int:
         return sum(len(adapter.layers) for adapter in self.adapters.values())
 
+    def factors(self) -> dict[str, dict[str, Factors]]:
+        """What is learned, by network and module name."""
+        return {
+            part: {name.removeprefix(layer_name(part, "")): f for name, f in adapter.factors().items()}
+            for part, adapter in self.adapters.items()
+        }
+
     @property
     def base_count(self) -> int:
         """Scalars of the frozen networks that the adapters are on."""
-        networks = [self.model.unet] + ([self.model.text.module] if "text_encoder" in self.adapters else [])
+        networks = [self.model.unet] + (self.model.text.modules if len(self.adapters) > 1 else [])
         return sum(p.numel() for network in networks for p in network.parameters()) - self.trainables.count
 
     @property
@@ -176,7 +184,7 @@ def open_segment(
         stack.callback(dropout.remove)
         trainables = Trainables(
             {part: adapter.parameters() for part, adapter in adapters.items()},
-            {"text_encoder": text_encoder_lr_of(config) / config.learning_rate},
+            {part: text_encoder_lr_of(config) / config.learning_rate for part in adapters if part != "unet"},
         )
         tier = choose_tier(config, model, precision, choose)
         working = WorkingCopy(trainables, precision.compute, collects=tier.ops.collects)
@@ -209,14 +217,19 @@ def injected(config: Config, model: Model) -> dict[str, Adapter]:
 
     adapters = {"unet": put(model.unet, select(model.unet, config.target_modules), generator=start)}
     if config.train_text_encoder:
-        text = model.text
-        modules = select_text(text.module, text.layers)
-        if not modules:
-            raise ConfigError([f"clip_skip: {text.clip_skip} leaves no layer of the text encoder to train"])
-        adapter = put(text.module, modules, generator=lambda name: start(text_name(name)))
-        layers = {text_name(name): layer for name, layer in adapter.layers.items()}
-        adapters["text_encoder"] = replace(adapter, layers=layers)
+        for network, encoder in model.text.networks.items():
+            modules = select_text(encoder.inner, encoder.layers)
+            if not modules:
+                raise ConfigError([f"clip_skip: {encoder.clip_skip} leaves no layer of the text encoder to train"])
+            called = partial(_text_layer, network)
+            adapter = put(encoder.inner, modules, generator=lambda name, called=called: start(called(name)))
+            layers = {called(name): layer for name, layer in adapter.layers.items()}
+            adapters[network] = replace(adapter, layers=layers)
     return adapters
+
+
+def _text_layer(network: str, name: str) -> str:
+    return layer_name(network, text_name(name))
 
 
 def text_encoder_lr_of(config: Config) -> float:

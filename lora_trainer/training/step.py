@@ -15,6 +15,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from lora_trainer.models.noise import NoiseSchedule
+from lora_trainer.models.text import Conditions
 from lora_trainer.training.capture import Captures
 from lora_trainer.training.dropout import LoraDropout
 from lora_trainer.training.objectives import Objective
@@ -23,8 +24,8 @@ from lora_trainer.training.precision import LossScaler, Precision
 from lora_trainer.training.preservation import Preservation
 from lora_trainer.training.working import WorkingCopy
 
-# Token ids [B, n, 77] and their emphasis to [B, 77 n, width].
-Encode = Callable[[Tensor, "Tensor | None"], Tensor]
+# Token ids [B, n, 77] and their emphasis to what the UNet is told of them.
+Encode = Callable[[Tensor, "Tensor | None"], Conditions]
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,9 @@ class Batch:
 
     def condition(self, encode: Encode | None = None) -> dict[str, object]:
         """What a UNet is told beside the noisy latents and the time, by diffusers' argument names."""
-        context = self.context if self.ids is None else encode(self.ids, self.emphasis)
-        added = None if self.pooled is None else {"text_embeds": self.pooled, "time_ids": self.sizes}
-        return {"encoder_hidden_states": context, "added_cond_kwargs": added}
+        said = Conditions(self.context, self.pooled) if self.ids is None else encode(self.ids, self.emphasis)
+        added = None if said.pooled is None else {"text_embeds": said.pooled, "time_ids": self.sizes}
+        return {"encoder_hidden_states": said.context, "added_cond_kwargs": added}
 
     def like(self, device: torch.device) -> Batch:
         """Empty buffers of the same shapes on `device`."""
@@ -111,8 +112,8 @@ def stacked(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def with_sizes(texts: dict[str, Tensor], sizes: Tensor) -> dict[str, Tensor]:
-    """Captions with `sizes` [B, 6] in float32, for the families that are told them: those with a pooled embedding."""
-    return {**texts, "sizes": sizes.float()} if "pooled" in texts else texts
+    """Captions with `sizes` [B, 6] in float32, of which the families are told that have a pooled embedding."""
+    return {**texts, "sizes": sizes.float()}
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def choose_tier(config: Config, model: Model, precision: Precision, choose: Choo
 def work_of(config: Config, model: Model, compute: torch.dtype, layout: torch.memory_format) -> str:
     """All but the batches' shapes that decides which kernels a step needs, as a hash: the networks and their LoRAs, the
     number formats, the layout, dropout."""
-    networks = [model.unet] + ([model.text.module] if config.train_text_encoder else [])
+    networks = [model.unet] + (model.text.modules if config.train_text_encoder else [])
     weights = [(n, tuple(p.shape), str(p.dtype)) for network in networks for n, p in network.named_parameters()]
     facts = (weights, str(compute), str(layout), config.lora_dropout)
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]

@@ -1,6 +1,6 @@
-"""Full-size Stable Diffusion 1.5: our names and shapes are those that kohya's own code gives (rank 8).
+"""Full-size Stable Diffusion 1.5 and SDXL: our names and shapes are those that kohya's own code gives (rank 8).
 
-The lists were recorded from sd-scripts' networks/lora.py over its own UNet and transformers' CLIP.
+The lists were recorded from sd-scripts' networks/lora.py over its own UNets and transformers' CLIP.
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from benchmarks.models import UNETS
 from lora_trainer.adapters.inject import inject
 from lora_trainer.adapters.naming import TEXT_PREFIX, UNET_PREFIX, Factors, to_kohya
 from lora_trainer.adapters.targets import select, select_text
+from lora_trainer.models.text import ClipEncoder
+from lora_trainer.models.unet_names import to_ldm
 from tests.ldm import SD15_UNET
 
 HERE = Path(__file__).parent
@@ -86,3 +89,32 @@ def test_text_encoder_names_are_kohyas():
     linear = {name: shapes_of(text.get_submodule(name)) for name in names}
     assert described(TEXT_PREFIX, linear) == golden("sd15_te_72.txt")
     assert len(select_text(text, 11)) == 66
+
+
+@pytest.mark.parametrize(("sets", "count"), [(["default"], 722), (["default", "conv"], 788)])
+def test_sdxls_unet_has_ldm_names(sets, count):
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**UNETS["sdxl"])
+    attends = ["CrossAttn" in kind for kind in UNETS["sdxl"]["up_block_types"]]
+    factors = {to_ldm(name, 2, attends): shapes_of(unet.get_submodule(name)) for name in select(unet, sets)}
+    assert described(UNET_PREFIX, factors) == golden(f"sdxl_unet_{count}.txt")
+
+
+def test_sdxls_text_encoders_have_kohyas_names_where_they_are_heard():
+    """kohya puts LoRAs on the last layer of the first encoder too, which nothing ever hears."""
+    sizes = {"vocab_size": 49408, "projection_dim": 1280}
+    first = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+    second = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
+    with torch.device("meta"):
+        encoders = (
+            ClipEncoder(CLIPTextModel(CLIPTextConfig(**sizes, **first)), 2, False),
+            ClipEncoder(CLIPTextModelWithProjection(CLIPTextConfig(**sizes, **second)), 2, False, 0, True),
+        )
+    found = []
+    for number, encoder in enumerate(encoders, start=1):
+        names = select_text(encoder.inner, encoder.layers)
+        linear = {name: shapes_of(encoder.inner.get_submodule(name)) for name in names}
+        found.append(described(f"lora_te{number}", linear))
+    unheard = {line for line in golden("sdxl_te1_72.txt") if "_layers_11_" in line}
+    assert found == [golden("sdxl_te1_72.txt") - unheard, golden("sdxl_te2_192.txt")]
+    assert (len(unheard), len(found[1])) == (6, 192)

@@ -161,7 +161,7 @@ def test_a_frozen_encoder_in_the_step_takes_no_gradient(many):
     model.text.module.requires_grad_(True)
     with open_segment(build(many, SHUFFLED), model, None) as segment:
         assert set(segment.adapters) == {"unet"}
-        assert not segment.network.encode(batch.ids).requires_grad
+        assert not segment.network.encode(batch.ids).context.requires_grad
         segment.forward_backward(batch)
         assert segment.trainables.grads.any()
     assert all(parameter.grad is None for parameter in model.text.module.parameters())

@@ -148,12 +148,8 @@ def test_files_that_are_no_checkpoint(settings, tmp_path, capsys):
     for name, data in other.items():
         (tmp_path / name).write_bytes(data)
     save_file({"a": state["model.diffusion_model.out.2.bias"]}, tmp_path / "strange.safetensors")
-    sdxl = {
-        "conditioner.embedders.0.transformer.text_model.embeddings.position_embedding.weight": state[
-            "model.diffusion_model.out.2.bias"
-        ]
-    }
-    save_file(sdxl, tmp_path / "xl.safetensors")
+    flux = {"model.diffusion_model.double_blocks.0.img_attn.qkv.weight": state["model.diffusion_model.out.2.bias"]}
+    save_file(flux, tmp_path / "flux.safetensors")
     whole = Path(settings["base_model"]).read_bytes()
     (tmp_path / "short.safetensors").write_bytes(whole[: len(whole) // 2])
     words = {
@@ -162,7 +158,7 @@ def test_files_that_are_no_checkpoint(settings, tmp_path, capsys):
         "empty.safetensors": "not a .safetensors file",
         "bad.ckpt": "not loaded",
         "strange.safetensors": "not Stable Diffusion 1.x",
-        "xl.safetensors": "an SDXL checkpoint",
+        "flux.safetensors": "a Flux checkpoint",
         "short.safetensors": "truncated",
     }
     for name, expected in words.items():

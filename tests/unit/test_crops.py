@@ -18,7 +18,7 @@ from lora_trainer.doctor.crops import described
 from lora_trainer.errors import ConfigError
 from lora_trainer.events import Started, StepDone, Validated
 from lora_trainer.models.latents import posterior, to_tensor
-from lora_trainer.training.step import with_sizes
+from lora_trainer.training.step import Batch, with_sizes
 from tests.unit.test_caption_rules import feed_of, told
 from tests.unit.test_resume import Run, at_step
 from tests.unit.test_run import of, train, weights
@@ -103,11 +103,14 @@ def test_every_view_is_seen_and_an_epoch_has_each_sample_once(wide):
     assert seen == {(index, view) for index, sample in enumerate(data.samples) for view in range(len(sample.latents))}
 
 
-def test_sizes_go_with_families_that_are_told_them():
+@pytest.mark.parametrize("pooled", [None, torch.zeros(1, 4)])
+def test_sizes_go_with_families_that_are_told_them(pooled):
     sizes = torch.tensor([[100, 160, 0, 3, 64, 128]])
-    assert with_sizes({"context": torch.zeros(1, 77, 4)}, sizes).keys() == {"context"}
-    told = with_sizes({"context": torch.zeros(1, 77, 4), "pooled": torch.zeros(1, 4)}, sizes)["sizes"]
-    assert (told.dtype, told.tolist()) == (torch.float32, [[100, 160, 0, 3, 64, 128]])
+    rows = with_sizes({"context": torch.zeros(1, 77, 4), "pooled": pooled}, sizes)
+    nothing = torch.zeros(1, 4, 8, 16)
+    told = Batch(nothing, nothing, *torch.zeros(3, 1), **rows).condition()["added_cond_kwargs"]
+    assert (told is None) == (pooled is None)
+    assert told is None or (told["time_ids"].dtype, told["time_ids"].tolist()) == (torch.float32, sizes.tolist())
 
 
 # --- runs

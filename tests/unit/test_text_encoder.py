@@ -75,7 +75,7 @@ def batch(model, captions=(LONG, OTHER), emphasis=None):
 def test_an_untrained_lora_changes_nothing_of_the_embedding(deep, clip_skip):
     frozen = torch.cat([model_at(deep, clip_skip).text.embed(caption) for caption in (LONG, OTHER)])
     with opened(deep, clip_skip=clip_skip, heard=False) as segment:
-        got = segment.network.encode(batch(segment.model).ids)
+        got = segment.network.encode(batch(segment.model).ids).context
         starts = [f.down for f in segment.adapters["text_encoder"].factors().values()]
         assert len(starts) == 6 * (4 - clip_skip)
         assert len({start[0, 0].item() for start in starts}) == len(starts)
@@ -89,7 +89,7 @@ def test_emphasis_is_the_frozen_encoders(deep):
     with opened(deep, heard=False) as segment:
         text, given = segment.model.text, batch(segment.model, emphasis=emphasis)
         expected = torch.cat([text.encode(i, w) for i, w in zip(given.ids, emphasis, strict=True)])
-        got = segment.network.encode(given.ids, given.emphasis)
+        got = segment.network.encode(given.ids, given.emphasis).context
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
 
 
@@ -105,7 +105,7 @@ def reference(path: Path, state: dict, clip_skip: int):
     }
     for name, parameter in trained.items():
         parameter.data.copy_(state[name])
-    given, inner = batch(model), model.text.inner
+    given, inner = batch(model), model.text.encoders[0].inner
     contexts = []
     for ids in given.ids:
         layers = model.text.module(input_ids=ids, output_hidden_states=True).hidden_states
@@ -160,7 +160,7 @@ def text_gradients(segment):
     with torch.no_grad(), network.dropout.recording(("text",), given.mask_keys):
         network.encode(given.ids)
     with network.dropout.masks(("text",), given.mask_keys):
-        embedded = network.encode(given.ids).float()
+        embedded = network.encode(given.ids).context.float()
         (embedded * torch.linspace(-1, 1, embedded.numel()).view_as(embedded)).sum().backward()
     segment.working.collect()
     return embedded.detach(), segment.trainables.grads[segment.trainables.groups[1].start :].clone()

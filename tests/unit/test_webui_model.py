@@ -194,7 +194,7 @@ def test_captions_encoded_in_the_step_are_what_the_webui_makes_of_them(ui, train
         with models.borrow() as model, open_segment(models.config, model, None) as segment:
             for caption in captions:
                 told = {name: tensor[None] for name, tensor in model.text.tokens(caption).items()}
-                got = segment.network.encode(told["ids"], told["emphasis"])
+                got = segment.network.encode(told["ids"], told["emphasis"]).context
                 torch.testing.assert_close(got, ui.model.cond_stage_model([caption]), rtol=0, atol=1e-5)
 
 

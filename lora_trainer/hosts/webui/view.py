@@ -12,12 +12,12 @@ from modules import devices, shared
 from torch import Tensor
 
 from lora_trainer.config import Config
-from lora_trainer.errors import DataError
+from lora_trainer.errors import DataError, ModelError
 from lora_trainer.models.bridge import TEXT_PREFIX, text_view, unet_view, vae_view
-from lora_trainer.models.families import detect
+from lora_trainer.models.families import SD1, detect
 from lora_trainer.models.model import CheckpointHashes, Model, ModelFacts
 from lora_trainer.models.noise import NoiseSchedule, Prediction
-from lora_trainer.models.text import CHUNK, TextEncoder
+from lora_trainer.models.text import CHUNK, ClipEncoder, Conditions, TextEncoder
 from lora_trainer.models.unet_names import LDM_PREFIX as UNET_PREFIX
 from lora_trainer.models.vae_names import LDM_PREFIX as VAE_PREFIX
 
@@ -42,6 +42,11 @@ def state_of(sd_model: Any) -> dict[str, Tensor]:
 
 def view_of(sd_model: Any, config: Config) -> Model:
     """Views of `sd_model` for one segment. Raises ModelError for a model of another family."""
+    if any(getattr(sd_model, flag, False) for flag in ("is_sdxl", "is_sd2", "is_sd3")):
+        raise ModelError(
+            f"{name_of(sd_model)}: inside the WebUI only {SD1.name} is trained so far; SDXL is on the command line "
+            "(lora-trainer train)"
+        )
     state = state_of(sd_model)
     family = detect({name: tuple(tensor.shape) for name, tensor in state.items()}, name_of(sd_model))
     state = {name: _computable(tensor) for name, tensor in state.items()}
@@ -78,9 +83,9 @@ class PromptEncoder(TextEncoder):
     prompt: Any = None
     emphasis: str = "Original"
 
-    def embed(self, caption: str) -> Tensor:
+    def read(self, caption: str) -> Conditions:
         with torch.no_grad(), devices.autocast():
-            return self.prompt([caption])
+            return Conditions(self.prompt([caption]))
 
     def tokens(self, caption: str) -> dict[str, Tensor]:
         """Raises DataError for a caption with a textual inversion, whose vectors are no token's."""
@@ -108,11 +113,11 @@ class PromptEncoder(TextEncoder):
 def _text(sd_model: Any, state: dict[str, Tensor], config: Config) -> TextEncoder:
     encoder = sd_model.cond_stage_model
     transformer = transformer_of(sd_model)
-    view = text_view(state, config=transformer.config)
     skip = config.clip_skip or int(shared.opts.CLIP_stop_at_last_layers)
+    view = (ClipEncoder(text_view(state, config=transformer.config), skip),)
     if config.caption_syntax == "literal":
-        return TextEncoder(_literal(encoder), view, skip)
-    return PromptEncoder(_literal(encoder), view, skip, encoder, shared.opts.emphasis)
+        return TextEncoder(_literal(encoder), view)
+    return PromptEncoder(_literal(encoder), view, encoder, shared.opts.emphasis)
 
 
 def _literal(encoder: Any) -> Callable[[str], Tensor]:
