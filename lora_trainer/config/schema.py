@@ -53,7 +53,9 @@ class Config(Judging, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ] = NONE
     base_model: Annotated[
         str,
-        _about(MODEL, "The checkpoint to train on: a single-file Stable Diffusion 1.x or SDXL .safetensors or .ckpt."),
+        _about(
+            MODEL, "The checkpoint to train on: a single-file Stable Diffusion 1.x, 2.x or SDXL .safetensors or .ckpt."
+        ),
     ]
     mixed_precision: Annotated[
         Literal["fp16", "bf16", "no"],

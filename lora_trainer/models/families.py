@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from lora_trainer.errors import ModelError
 from lora_trainer.models.checkpoint import Shapes
 from lora_trainer.models.noise import Prediction
 
-SUPPORTED = "Stable Diffusion 1.x or SDXL (.safetensors or .ckpt in the WebUI's single-file form)"
+SUPPORTED = "Stable Diffusion 1.x, 2.x or SDXL (.safetensors or .ckpt in the WebUI's single-file form)"
 
 _UNET = "model.diffusion_model."
 _CONV_IN = _UNET + "input_blocks.0.0.weight"
@@ -46,7 +46,8 @@ class Family:
 
     A UNet has `num_heads` in each attention, or as many as have `head_channels` each. `ldm_names`: LoRA files call its
     modules by CompVis' names instead of diffusers'. `clip_skip`: the user may choose the layer of the text encoder.
-    `heavy_text`: too large to be kept in fp32 for a few captions.
+    `probed`: its files do not say what the UNet predicts, which is tested. `heavy_text`: too large to be kept in fp32 for
+    a few captions.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Family:
     head_channels: int | None = None
     ldm_names: bool = False
     clip_skip: bool = False
+    probed: bool = False
     heavy_text: bool = False
     linear_start: float = 0.00085
     linear_end: float = 0.012
@@ -77,6 +79,18 @@ SD1 = Family(
     num_heads=8,
     clip_skip=True,
 )
+SD2 = Family(
+    name="Stable Diffusion 2.x",
+    base_version="sd_v2",
+    architecture="stable-diffusion-v2-512",
+    resolution=512,
+    scale_factor=0.18215,
+    prediction="epsilon",
+    text=(TextPart("cond_stage_model.model.", "lora_te", "open_clip", layer=2, pad=0),),
+    head_channels=64,
+    probed=True,
+)
+SD2_V = replace(SD2, base_version="sd_v2_v", architecture="stable-diffusion-v2-768-v", resolution=768, prediction="v")
 # Podell et al. 2023, arXiv:2307.01952.
 SDXL = Family(
     name="SDXL",
@@ -93,12 +107,11 @@ SDXL = Family(
     ldm_names=True,
     heavy_text=True,
 )
-FAMILIES = (SDXL, SD1)
+FAMILIES = (SDXL, SD2, SD1)
 
 # The first key that is there names what the file is instead.
 _OTHERS = {
     "conditioner.embedders.0.model.token_embedding.weight": "an SDXL refiner checkpoint",
-    "cond_stage_model.model.token_embedding.weight": "a Stable Diffusion 2.x checkpoint",
     "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight": "a Stable Diffusion 3 checkpoint",
     "model.diffusion_model.double_blocks.0.img_attn.qkv.weight": "a Flux checkpoint",
     "double_blocks.0.img_attn.qkv.weight": "a Flux model",
@@ -137,6 +150,11 @@ def detect(shapes: Shapes, name: str) -> Family:
             f"{name}: the UNet takes {channels} channels (an inpainting or editing checkpoint); expected 4"
         )
     return family
+
+
+def predicting(family: Family, prediction: Prediction) -> Family:
+    """The declaration for a model of `family` that predicts this."""
+    return SD2_V if family is SD2 and prediction == "v" else family
 
 
 def _by_text(shapes: Shapes) -> Family | None:

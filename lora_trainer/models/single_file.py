@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from lora_trainer.errors import ConfigError
 from lora_trainer.models.bridge import open_clip_view, text_view, unet_view, vae_view
 from lora_trainer.models.checkpoint import V_PREDICTION, ZERO_TERMINAL, read_shapes, read_tensors
-from lora_trainer.models.families import Family, detect
+from lora_trainer.models.families import Family, detect, predicting
 from lora_trainer.models.ldm_yaml import LdmConfig, read_beside
 from lora_trainer.models.model import CheckpointHashes, Model, ModelFacts
 from lora_trainer.models.noise import NoiseSchedule, Prediction, scaled_linear
@@ -59,20 +61,39 @@ def model_of(
     """
     config = read_beside(path)
     unet = unet_view(state, **heads_of(family, config))
+    told = list(notices(state, config))
+    if family.probed and config.parameterization is None and V_PREDICTION not in state:
+        config = replace(config, parameterization=probe(unet))
+        told.append(
+            "base model: neither a YAML beside it nor the file says what it predicts; by a test of its UNet, as the "
+            f"WebUI does it, that is {'v' if config.parameterization == 'v' else 'noise'}"
+        )
+    noise = schedule(state, family, config)
     return Model(
         unet=unet,
         text=text_of(state, family, config, clip_skip),
         vae=vae_view(state, scale_factor=config.scale_factor or family.scale_factor),
-        noise=schedule(state, family, config).to(device),
+        noise=noise.to(device),
         facts=ModelFacts(
             name=path.name,
-            family=family,
+            family=predicting(family, noise.prediction),
             device=device,
             dtype=unet.dtype,
             hashes=hashes,
-            notices=tuple(notices(state, config)),
+            notices=tuple(told),
         ),
     )
+
+
+@torch.no_grad()
+def probe(unet: UNet2DConditionModel) -> str:
+    """`eps` or `v`: what a UNet of Stable Diffusion 2.x predicts, by the WebUI's test (`sd_models_config.py` there): at
+    the last timestep one for noise nearly returns its input."""
+    like = next(unet.parameters())
+    x = torch.full((1, unet.config.in_channels, 8, 8), 0.5, device=like.device, dtype=like.dtype)
+    context = torch.full((1, 2, unet.config.cross_attention_dim), 0.5, device=like.device, dtype=like.dtype)
+    out = unet(x, torch.tensor([999], device=like.device), encoder_hidden_states=context, return_dict=False)[0]
+    return "v" if (out - x).float().mean().item() < -1 else "eps"
 
 
 def heads_of(family: Family, config: LdmConfig) -> dict[str, int | None]:

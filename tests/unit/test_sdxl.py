@@ -20,7 +20,7 @@ from lora_trainer.adapters.naming import Factors
 from lora_trainer.adapters.parts import parts_of, whole_attention
 from lora_trainer.config import build
 from lora_trainer.errors import ConfigError, ModelError
-from lora_trainer.events import Notice, Started, StepDone
+from lora_trainer.events import Compared, Notice, Started, StepDone
 from lora_trainer.hosts.standalone import open_model
 from lora_trainer.models.bridge import unet_config, unet_view
 from lora_trainer.models.families import SDXL
@@ -317,3 +317,10 @@ def test_a_part_of_a_packed_attention_is_filled_up_with_nothing(base):
     model = open_model(base, CPU)
     assert [part.packed for part in parts_of(model).values()] == [False, False, True]
     assert model.unet.config.attention_head_dim == UNET["attention_head_dim"]
+
+
+def test_drift_is_measured_with_all_that_it_is_told(xl):
+    changes = {"measure_drift": True, "validation_split": 0.4, "learning_rate": 0.02, "epochs": 2}
+    events, _ = train(xl, **changes)
+    assert all(math.isfinite(one.likeness) and math.isfinite(one.drift) for one in of(events, Compared))
+    assert of(events, Compared)[-1].drift > 0
