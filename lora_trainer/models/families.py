@@ -46,8 +46,8 @@ class Family:
 
     A UNet has `num_heads` in each attention, or as many as have `head_channels` each. `ldm_names`: LoRA files call its
     modules by CompVis' names instead of diffusers'. `clip_skip`: the user may choose the layer of the text encoder.
-    `probed`: its files do not say what the UNet predicts, which is tested. `heavy_text`: too large to be kept in fp32 for
-    a few captions.
+    `probed`: its files do not say what the UNet predicts, which is tested. `heavy_text`: too large to be kept in fp32
+    for a few captions.
     """
 
     name: str
