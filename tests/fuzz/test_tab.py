@@ -35,6 +35,7 @@ TAGS = {
     "button",
     "svg",
     "polyline",
+    *("table", "thead", "tbody", "tr", "th", "td"),
 }
 ATTRIBUTES = {"class", "role", "title", "type", "style", "tabindex", "points", "viewbox", "preserveaspectratio"}
 ATTRIBUTES |= {"data-active", "data-beat", "data-at", "data-lora-trainer-stop", "data-lora-trainer-show"}

@@ -136,7 +136,9 @@ def reference(segment, networks, batch: Batch) -> tuple[dict[str, torch.Tensor],
         off += theirs.layers.values()
         for name, layer in zip(adapter.layers, theirs.layers.values(), strict=True):
             named |= {f"{name}.{which}": getattr(layer, which)[ADAPTER].weight for which in ("lora_A", "lora_B")}
-    text = replace(segment.model.text, module=copies.get("text_encoder", networks["text_encoder"]))
+    text = segment.model.text
+    (encoder,) = text.encoders
+    text = replace(text, encoders=(replace(encoder, module=copies.get("text_encoder", networks["text_encoder"])),))
     schedule = replace(segment.network.noise, alphas_cumprod=segment.network.noise.alphas_cumprod.double())
     noisy = schedule.add_noise(batch.latents.double(), batch.eps.double(), batch.t)
 
