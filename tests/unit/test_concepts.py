@@ -89,7 +89,8 @@ def test_a_header_does_not_tell_where_folders_are():
         ("{folder: a", "concepts, entry 1: expected {folder: …}"),
         (
             3,
-            "expected a list of folders or of {folder, repeats, trigger_words, caption, regularization}, found 3",
+            "concepts: expected a list of folders or of {folder, repeats, trigger_words, caption, regularization}, "
+            "found 3",
         ),
         (["a", "./a"], "concepts: expected each folder once, found './a' in entries 1 and 2"),
         ([" "], "concepts, entry 1: expected a folder, found nothing"),

@@ -242,7 +242,8 @@ def test_a_missing_package_says_how_to_get_it():
 
 
 def test_it_is_said_before_anything_is_encoded(settings, monkeypatch):
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    for module in ("bitsandbytes", "bitsandbytes.optim"):
+        monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ConfigError, match="pip install bitsandbytes"):
         train(settings, optimizer="AdamW8bit", train_data_dir="missing")
 

@@ -447,11 +447,11 @@ def test_a_picture_that_the_gpu_cannot_encode_is_encoded_on_the_cpu(job, expecte
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 0.0])
 def test_nonsense_is_never_published(job, monkeypatch, value):
-    from lora_trainer.training import output
+    from lora_trainer.adapters import parts
 
-    real = output.to_kohya
+    real = parts.to_kohya
     monkeypatch.setattr(
-        output,
+        parts,
         "to_kohya",
         lambda *a: {name: tensor * value if tensor.dim() else tensor for name, tensor in real(*a).items()},
     )
@@ -465,12 +465,12 @@ def test_nonsense_is_never_published(job, monkeypatch, value):
 
 
 def test_weights_that_the_files_precision_cannot_hold_are_in_fp32(job, monkeypatch):
+    from lora_trainer.adapters import parts
     from lora_trainer.adapters.load import read_lora
-    from lora_trainer.training import output
 
-    real = output.to_kohya
+    real = parts.to_kohya
     monkeypatch.setattr(
-        output,
+        parts,
         "to_kohya",
         lambda *a: {name: tensor * 1e9 if tensor.dim() else tensor for name, tensor in real(*a).items()},
     )
