@@ -281,13 +281,13 @@ def test_a_file_that_the_loader_does_not_know_stays_out(webui):
     before = set((webui.data / "models" / "Lora").iterdir())
     webui.run(
         "from lora_trainer.adapters import naming\n"
-        "from lora_trainer.training import output\n"
-        "KEPT['kohya'] = output.to_kohya\n"
-        "output.to_kohya = lambda prefix, factors: naming.to_kohya('lora_wrong', factors)\n"
+        "from lora_trainer.adapters import parts\n"
+        "KEPT['kohya'] = parts.to_kohya\n"
+        "parts.to_kohya = lambda prefix, factors: naming.to_kohya('lora_wrong', factors)\n"
         "result = None"
     )
     job = webui.until(webui.submit(output_name="wrong", max_train_steps=1)["id"])
-    webui.run("from lora_trainer.training import output; output.to_kohya = KEPT['kohya']; result = None")
+    webui.run("from lora_trainer.adapters import parts; parts.to_kohya = KEPT['kohya']; result = None")
     assert job["state"] == "failed"
     assert "0 of its 192 modules" in job["error"]
     assert set((webui.data / "models" / "Lora").iterdir()) == before
