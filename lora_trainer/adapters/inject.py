@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -61,6 +61,15 @@ class Adapter:
             for layer, scaling in before.items():
                 layer.scaling[ADAPTER] = scaling
                 layer.enable_adapters(True)
+
+
+@contextmanager
+def without(adapters: Iterable[Adapter]) -> Iterator[None]:
+    """Inside, every one of `adapters` is off, and with them their dropout: the networks are the base."""
+    with ExitStack() as stack:
+        for adapter in adapters:
+            stack.enter_context(adapter.weight(0))
+        yield
 
 
 def inject(

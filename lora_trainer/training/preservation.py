@@ -6,15 +6,14 @@ latents and timestep, as ai-toolkit's differential output preservation and OneTr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_trainer.adapters.inject import Adapter
+from lora_trainer.adapters.inject import Adapter, without
 
 
 @dataclass(frozen=True)
@@ -27,14 +26,6 @@ class Preservation:
     def losses(self, predicted: Callable[[], Tensor]) -> Tensor:
         """Each sample's squared distance of what `predicted` gives, [B, C, h, w], from what it gives with every LoRA
         off, times the weight: [B] float32. Gradients go through the first alone."""
-        with torch.no_grad(), self.base():
+        with torch.no_grad(), without(self.adapters):
             target = predicted().float()
         return self.weight * F.mse_loss(predicted().float(), target, reduction="none").mean(dim=(1, 2, 3))
-
-    @contextmanager
-    def base(self) -> Iterator[None]:
-        """Every LoRA is off inside, that of the text encoder too, and with them their dropout."""
-        with ExitStack() as stack:
-            for adapter in self.adapters:
-                stack.enter_context(adapter.weight(0))
-            yield

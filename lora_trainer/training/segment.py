@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import ChainMap
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from lora_trainer.adapters.inject import ADAPTER, Adapter, inject
+from lora_trainer.adapters.inject import ADAPTER, Adapter, inject, without
 from lora_trainer.adapters.naming import Factors, text_name
 from lora_trainer.adapters.parts import layer_name
 from lora_trainer.adapters.targets import select, select_text
@@ -131,13 +131,9 @@ class Segment:
                 masters.copy_(before)
             self.working.refresh()
 
-    @contextmanager
-    def base(self) -> Iterator[None]:
+    def base(self) -> AbstractContextManager[None]:
         """The networks as they are without what is trained."""
-        with ExitStack() as stack:
-            for adapter in self.adapters.values():
-                stack.enter_context(adapter.weight(0.0))
-            yield
+        return without(self.adapters.values())
 
     def started(self, name: str, images: int, steps: int) -> Started:
         """What is said before the first step."""

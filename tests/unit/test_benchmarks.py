@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from benchmarks import estimate, plot, step
+from benchmarks import estimate, plot, quality, step
+from benchmarks.styles import STYLES, folders
 
 ROOT = Path(__file__).parents[2]
 NEWEST = sorted((ROOT / "benchmarks" / "results").glob("*.jsonl"))[-1]
@@ -54,3 +58,27 @@ def test_a_measured_step_can_be_plotted(tmp_path, monkeypatch, capsys):
     assert plot.label(second) == "SDXL, 1024², batch 2, no dropout, checkpointing, plain torch"
     row = plot.table([first]).splitlines()[2]
     assert row == "| SDXL, 1024², batch 2, no dropout, checkpointing, plain torch | 12.5 | 160 | 2.00 |"
+
+
+def test_each_style_draws_the_same_subjects_in_its_own_colours(tmp_path):
+    seen = {}
+    for style in STYLES:
+        learned, held_out = folders(style, tmp_path)
+        names = sorted(path.name for path in learned.glob("*.png"))
+        assert len(names) == 120
+        assert len(list(held_out.glob("*.png"))) == 64
+        assert (learned / "metadata.csv").read_text(encoding="utf-8").count("\n") >= 119
+        seen[style] = np.asarray(Image.open(learned / names[0]).convert("RGB"), float).mean((0, 1))
+    colours = list(seen.values())
+    assert all(np.abs(a - b).max() > 20 for i, a in enumerate(colours) for b in colours[:i])
+
+
+@pytest.mark.parametrize("name", quality.SETTINGS)
+def test_all_settings_see_as_many_pictures(name, tmp_path):
+    asked = argparse.Namespace(visits=1200, pictures=24, held_out=8, validations=10, overrides=[])
+    config = quality.config_of(name, "ink", 3, tmp_path, asked)
+    assert config.max_train_steps * config.batch_size * config.gradient_accumulation_steps == 1200
+    assert config.validate_every == config.max_train_steps // 10
+    assert config.seed == 3
+    assert len(list(Path(config.train_data_dir).glob("*.png"))) == 24
+    assert len(list(Path(config.validation_data_dir).glob("*.png"))) == 8

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lora_trainer.adapters.inject import ADAPTER, Adapter, inject
+from lora_trainer.adapters.inject import ADAPTER, Adapter, inject, without
 from lora_trainer.config import build
 from lora_trainer.dataset.rules import Rules
 from lora_trainer.dataset.samples import Captions
@@ -186,7 +186,7 @@ def test_the_bases_answer_is_the_bases_whatever_dropout_does(awake):
     with network.dropout.masks(batch.shape, batch.mask_keys), torch.no_grad():
         assert network.preserved(batch).abs().max() == 0
         wake(awake)
-        with network.preservation.base():
+        with without(network.preservation.adapters):
             assert torch.equal(network.losses(batch), fresh)
         assert not torch.equal(network.losses(batch), fresh)
         assert network.preserved(batch).min() > 0
