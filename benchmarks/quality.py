@@ -2,9 +2,11 @@
 seeds, with the same number of pictures seen.
 
 usage: python -m benchmarks.quality [--settings default kohya …] [--styles ink …] [--seeds 1 2 3] [--visits 1200]
-                                    [--pictures 120] [--validations 0] [--held-out 64] [key=value …] >> RESULTS.jsonl
+                                    [--pictures 120] [--validations 0] [--held-out 64] [--workers 1]
+                                    [--override key=value …] >> RESULTS.jsonl
 
-Prints one line of JSON a run: the held-out curve, the base model's value first. `key=value` goes to all of them.
+Prints one line of JSON a run: the held-out curve, fidelity and drift where they were measured, what was warned of.
+`--override` goes to all of them. Several workers fill a GPU, for which one of these runs is too small.
 """
 
 from __future__ import annotations
@@ -12,10 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from types import MappingProxyType
 
@@ -23,7 +27,7 @@ from benchmarks.styles import STYLES, folders
 from lora_trainer.config import Config
 from lora_trainer.config.sources import parse_overrides
 from lora_trainer.demo import demo_config
-from lora_trainer.events import AnyEvent, Validated
+from lora_trainer.events import AnyEvent, Compared, Notice, Progress, Validated
 from lora_trainer.hosts.standalone import train
 
 _NO_DROPOUT = {"lora_dropout": 0.0}
@@ -73,12 +77,8 @@ def config_of(name: str, style: str, seed: int, work: Path, asked: argparse.Name
     """The demo's settings with those of `name`, and as many steps as see `asked.visits` pictures."""
     settings = {"gradient_accumulation_steps": 1, "batch_size": 4, "save_steps": 0, **SETTINGS[name]}
     settings |= parse_overrides(asked.overrides)
-    learned, held_out = folders(style, work)
-    paths = {
-        "train_data_dir": part(learned, asked.pictures, work),
-        "metadata_path": None,
-        "validation_data_dir": part(held_out, asked.held_out, work),
-    }
+    learned, held_out = prepare(style, work, asked)
+    paths = {"train_data_dir": learned, "metadata_path": None, "validation_data_dir": held_out}
     steps = math.ceil(asked.visits / (int(settings["batch_size"]) * int(settings["gradient_accumulation_steps"])))
     every = max(1, steps // asked.validations) if asked.validations else 0
     settings |= {"seed": seed, "max_train_steps": steps, "epochs": 100_000, "validate_every": every}
@@ -86,38 +86,70 @@ def config_of(name: str, style: str, seed: int, work: Path, asked: argparse.Name
     return demo_config(work / f"{name}-{style}-{seed}", **{**settings, **paths, **fixed})
 
 
-def part(folder: Path, count: int, work: Path) -> str:
-    """A folder of links to every n-th picture of `folder`, so that `count` are left."""
-    chosen = work / f"{folder.name}-{count}"
+def prepare(style: str, work: Path, asked: argparse.Namespace) -> tuple[str, str]:
+    """The folders with so many pictures of `style` to learn and held out; written where they are missing."""
+    parts = [work / f"{style}-{asked.pictures}", work / f"{style}-held-out-{asked.held_out}"]
+    if not all(path.exists() for path in parts):
+        for folder, path, count in zip(folders(style, work), parts, (asked.pictures, asked.held_out), strict=True):
+            part(folder, count, path)
+    return str(parts[0]), str(parts[1])
+
+
+def part(folder: Path, count: int, chosen: Path) -> None:
+    """Links in `chosen` to every n-th picture of `folder`, so that there are `count`."""
     rows = sorted((folder / "metadata.csv").read_text(encoding="utf-8").splitlines())
-    if not chosen.exists():
-        chosen.mkdir()
-        kept = [rows[number * len(rows) // count] for number in range(min(count, len(rows)))]
-        for row in kept:
-            name = row.partition(",")[0]
-            (chosen / name).symlink_to(folder / name)
-        (chosen / "metadata.csv").write_text("\n".join(kept) + "\n", encoding="utf-8")
-    return str(chosen)
+    chosen.mkdir(exist_ok=True)
+    kept = [rows[number * len(rows) // count] for number in range(min(count, len(rows)))]
+    for row in kept:
+        name = row.partition(",")[0]
+        (chosen / name).symlink_to(folder / name)
+    (chosen / "metadata.csv").write_text("\n".join(kept) + "\n", encoding="utf-8")
 
 
 def measure(config: Config) -> dict[str, object]:
     """Train, and what was found on the way."""
-    curve: list[tuple[int, float]] = []
+    curve: list[tuple[int, float, float | None]] = []
+    compared: list[tuple[int, float, float, float]] = []
+    warned: list[tuple[int, str]] = []
+    taken = {"validating": 0.0, "comparing": 0.0}
+    since = 0.0
 
     def watch(event: AnyEvent) -> None:
+        nonlocal since
         if isinstance(event, Validated):
-            curve.append((event.step, event.lora))
+            curve.append((event.step, event.lora, event.train))
+        elif isinstance(event, Compared):
+            compared.append((event.step, event.likeness, event.drift, event.score))
+        elif isinstance(event, Notice) and curve:
+            warned.append((curve[-1][0], event.text))
+        elif isinstance(event, Progress) and event.stage in taken:
+            now = time.perf_counter()
+            taken[event.stage] += now - since if event.done else 0.0
+            since = now
 
     began = time.perf_counter()
     finished = train(config, watch)
     return {
         "steps": finished.steps,
         "base": finished.validation_base,
-        "final": finished.validation_lora,
+        "final": curve[-1][1],
+        "best_step": finished.best_step,
+        "overfit": finished.overfit,
         "curve": curve,
+        "compared": compared,
+        "notices": warned,
         "seconds": round(time.perf_counter() - began, 1),
-        "file": finished.output[-1],
+        "training_seconds": finished.seconds,
+        **{f"{stage}_seconds": round(seconds, 2) for stage, seconds in taken.items()},
+        "files": finished.output,
     }
+
+
+def run(name: str, style: str, seed: int, work: Path, asked: argparse.Namespace) -> str:
+    """One run's line of JSON."""
+    found = measure(config_of(name, style, seed, work, asked))
+    about = {"settings": asked.label or name, "style": style, "seed": seed, "visits": asked.visits}
+    return json.dumps({**about, "pictures": asked.pictures, **found})
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -130,18 +162,19 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--held-out", type=int, default=64)
     parser.add_argument("--validations", type=int, default=0)
     parser.add_argument("--label", default="", help="instead of the settings' name in the results")
+    parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--work", type=Path, default=None, help="where LoRAs and pictures go; a temporary folder")
     parser.add_argument("--override", dest="overrides", nargs="*", default=[], metavar="key=value")
     asked = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as temporary:
         work = asked.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
-        for seed in asked.seeds:
-            for style in asked.styles:
-                for name in asked.settings:
-                    found = measure(config_of(name, style, seed, work, asked))
-                    about = {"settings": asked.label or name, "style": style, "seed": seed, "visits": asked.visits}
-                    print(json.dumps({**about, "pictures": asked.pictures, **found}), flush=True)
+        for style in asked.styles:
+            prepare(style, work, asked)
+        runs = [(n, style, seed) for seed in asked.seeds for style in asked.styles for n in asked.settings]
+        with ProcessPoolExecutor(asked.workers, multiprocessing.get_context("spawn")) as pool:
+            for done in as_completed([pool.submit(run, *one, work, asked) for one in runs]):
+                print(done.result(), flush=True)
 
 
 if __name__ == "__main__":
