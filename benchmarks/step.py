@@ -2,8 +2,8 @@
 
 usage: python -m benchmarks.step [sd15|sdxl] [key=value ...]
 
-Keys are those of `Workload`, profile=1, webui=1, deterministic=1, kernels=plain, and out=FILE to which the line of JSON
-is added, for `benchmarks.plot`.
+Keys are those of `Workload`, profile=1, webui=1, out=FILE to which the line of JSON is added, for `benchmarks.plot`,
+and settings of a run: kernels=plain, gradient_accumulation_steps=4, min_snr_gamma=5, masked_loss=true.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from benchmarks import models
 from benchmarks.timing import fresh_memory, gaps, machine, peak_reserved, profiler, spread
 from benchmarks.workload import LEARNING_RATE, Workload, samples
 from lora_trainer.config import Config, build
+from lora_trainer.config.sources import parse_overrides
 from lora_trainer.models.model import CheckpointHashes, Model, ModelFacts
 from lora_trainer.models.noise import NoiseSchedule, scaled_linear
 from lora_trainer.models.single_file import is_kernel
@@ -49,35 +50,46 @@ class Clock:
 
 @dataclass(frozen=True)
 class RandomFeed:
-    """The interface of `training.feed.Feed` over a cache of random samples: the host's work is what a real run's is."""
+    """The interface of `training.feed.Feed` over a cache of random samples: the host's work is what a real run's is.
+
+    `config` says how many batches an update has, and whether they have masks and captions without trigger words."""
 
     work: Workload
+    config: Config | None = None
 
     def stream(self, first_step: int, *, pinned: bool):  # noqa: ANN201
         cache = samples(self.work)
         generator = torch.Generator().manual_seed(1)
-        step = first_step
+        parts = self.config.gradient_accumulation_steps if self.config else 1
+        place = first_step * self.work.batch * parts
         while True:
-            chosen = [cache[(step * self.work.batch + n) % len(cache)] for n in range(self.work.batch)]
-            batch = self._batch(chosen, generator)
-            yield SimpleNamespace(epoch=0), [batch.pinned() if pinned else batch]
-            step += 1
+            batches = []
+            for _ in range(parts):
+                chosen = [cache[(place + n) % len(cache)] for n in range(self.work.batch)]
+                batch = self._batch(chosen, generator, parts)
+                batches.append(batch.pinned() if pinned else batch)
+                place += self.work.batch
+            yield SimpleNamespace(epoch=0), batches
 
-    def _batch(self, chosen: list[dict[str, Tensor]], generator: torch.Generator) -> Batch:
+    def _batch(self, chosen: list[dict[str, Tensor]], generator: torch.Generator, parts: int) -> Batch:
         def stacked(name: str) -> Tensor | None:
             return torch.stack([sample[name] for sample in chosen]) if name in chosen[0] else None
 
         latents = stacked("latents").float()
+        masked = self.config is not None and self.config.masked_loss
+        preserved = self.config is not None and self.config.preservation_weight > 0
         return Batch(
             latents=latents,
             eps=torch.randn(latents.shape, generator=generator),
             t=torch.randint(0, 1000, latents.shape[:1], generator=generator),
             context=stacked("context"),
             ids=stacked("ids"),
-            weight=torch.full(latents.shape[:1], 1 / len(chosen)),
+            weight=torch.full(latents.shape[:1], 1 / (len(chosen) * parts)),
             mask_keys=torch.randint(-(2**31), 2**31, (len(chosen), 2), generator=generator, dtype=torch.int32),
             pooled=stacked("text_embeds"),
             sizes=stacked("time_ids"),
+            mask=torch.rand(latents[:, :1].shape, generator=generator) if masked else None,
+            preserved={"context": stacked("context")} if preserved else None,
         )
 
 
@@ -123,7 +135,7 @@ def measure(work: Workload, *, profiled: bool = False, webui: bool = False, **ch
     with torch_settings(None), open_segment(config, model, None) as segment:
         results = Results(segment.update.result, steps, lambda event: None, window=10)
         boundary = SimpleNamespace(due=lambda step: False)
-        loop = Loop(RandomFeed(work), segment, lambda step: LEARNING_RATE, boundary, results)
+        loop = Loop(RandomFeed(work, config), segment, lambda step: LEARNING_RATE, boundary, results)
         fit(loop, first_step=0, lease=clock, control=StopOnly())
         report = spread(gaps([*clock.stamps, time.perf_counter()][work.warmup :]))
         report |= {
@@ -175,15 +187,15 @@ def main(arguments: list[str]) -> None:
     given = dict(a.split("=", 1) for a in arguments if "=" in a)
     profiled = given.pop("profile", "0") == "1"
     webui = given.pop("webui", "0") == "1"
-    deterministic = given.pop("deterministic", "0") == "1"
-    wanted, out = given.pop("kernels", "auto"), given.pop("out", None)
+    out = given.pop("out", None)
     types = {f.name: type(f.default) for f in fields(Workload)}
-    values = {k: v == "1" if types[k] is bool else types[k](v) for k, v in given.items()}
+    values = {k: v == "1" if types[k] is bool else types[k](v) for k, v in given.items() if k in types}
+    settings = parse_overrides([f"{k}={v}" for k, v in given.items() if k not in types])
     work = Workload(family=families[0] if families else "sd15", **values)
-    report = measure(work, profiled=profiled, webui=webui, deterministic=deterministic, kernels=wanted)
+    report = measure(work, profiled=profiled, webui=webui, **settings)
     lines = report.pop("kernels", [])
     facts = {"what": "ours", "at": time.strftime("%Y-%m-%d"), **asdict(work)}
-    facts |= {"webui": webui, "deterministic": deterministic, "kernels": wanted}
+    facts |= {"webui": webui, **settings}
     line = json.dumps(facts | report | machine())
     print(line, flush=True)
     if out:

@@ -23,9 +23,11 @@ from lora_trainer.training.validation import Validator
 
 # Of a run's time, for measurements whose number is ours to choose; but there are at least, and at most, so many.
 SHARE = 0.05
-LEAST, MOST = 15, 25
+LEAST, MOST = 10, 25
 # Forward passes that take as long as a picture's training step.
 PASSES = 3
+# Held-out pairs for each training pair: the run is judged by the held-out ones, the others only stand beside them.
+BESIDE = 4
 
 
 @dataclass
@@ -43,9 +45,10 @@ class Validation:
     def look_at(self, data: TrainingData) -> None:
         """What is measured from now on."""
         if data.held_out is not None:
-            held_out, most = data.held_out.samples, self.config.validation_draws
+            held_out = data.held_out.samples
             train = watched(data.train, len(held_out), self.config.seed)
-            self._validators = (Validator(held_out, most=most), Validator(train, most=most))
+            parts = zip((held_out, train), draws(self.config), strict=True)
+            self._validators = tuple(Validator(samples, most=most) for samples, most in parts)
 
     def go_on_from(self, curve: list[Point], state: Mapping[str, Tensor]) -> None:
         """An earlier process's curve, and the state that goes with it."""
@@ -167,6 +170,11 @@ def watched(train: Prepared, count: int, seed: int) -> list[Sample]:
         first.setdefault(sample.item.path, sample)
     chosen = sorted(first.values(), key=lambda sample: randomness.key(seed, f"watch {sample.item.path.name}"))
     return [replace(sample, tokens=length(sample.text)) for sample in chosen[:count]]
+
+
+def draws(config: Config) -> tuple[int, int]:
+    """Pairs that are measured each time, at most: of held-out pictures, and of training pictures."""
+    return config.validation_draws, config.validation_draws // BESIDE
 
 
 def interval(config: Config, pairs: int, steps: int) -> int:

@@ -11,7 +11,7 @@ from lora_trainer.dataset.items import Item
 from lora_trainer.logs import in_words
 from lora_trainer.training.data import Items
 from lora_trainer.training.forecast import Need
-from lora_trainer.training.judging import interval
+from lora_trainer.training.judging import draws, interval
 from lora_trainer.training.validation import draws_of
 
 IMAGES = 8
@@ -60,7 +60,7 @@ def forecast(config: Config, items: Items, measured: Measured) -> str:
     micro_batches = math.ceil(shown / config.batch_size)
     steps = config.max_train_steps or config.epochs * math.ceil(micro_batches / config.gradient_accumulation_steps)
     measured_on = (items.held_out, items.train[: len(items.held_out)])
-    pairs = sum(draws_of(len(part), config.validation_draws) for part in measured_on)
+    pairs = sum(draws_of(len(part), most) for part, most in zip(measured_on, draws(config), strict=True))
     every = interval(config, pairs, steps)
     validations = 2 + (steps // every if every else 0)
     prepare = measured.prepare * (len(items.shown) + len(items.held_out))
