@@ -28,7 +28,7 @@ from lora_trainer.hosts.standalone import open_model, train
 from lora_trainer.sampling import apply_lora
 from lora_trainer.training import data
 from lora_trainer.training.data import Items
-from lora_trainer.training.dropout import LoraDropout
+from lora_trainer.training.dropout import LoraDropout, Shares
 from lora_trainer.training.objectives import mse
 from lora_trainer.training.precision import Precision
 from lora_trainer.training.settings import torch_settings
@@ -68,7 +68,7 @@ def network_of(config: Config, lora: Path | None) -> Network:
     model = open_model(Path(config.base_model), CPU)
     if lora is not None:
         apply_lora(model, lora)
-    return Network(model.unet, model.noise, mse, Precision(CPU, torch.float32), LoraDropout({}, 0.0))
+    return Network(model.unet, model.noise, mse, Precision(CPU, torch.float32), LoraDropout({}, Shares()))
 
 
 def predictions(network: Network, samples: Sequence[Sample]) -> torch.Tensor:

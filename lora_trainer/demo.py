@@ -24,7 +24,7 @@ from lora_trainer.sampling import Recipe, apply_lora, generate
 from lora_trainer.sheet import contact_sheet
 from lora_trainer.training import data
 from lora_trainer.training.data import Items
-from lora_trainer.training.dropout import LoraDropout
+from lora_trainer.training.dropout import LoraDropout, Shares
 from lora_trainer.training.objectives import mse
 from lora_trainer.training.precision import Precision
 from lora_trainer.training.settings import torch_settings
@@ -99,7 +99,7 @@ def prove(config: Config, finished: Finished, seconds: float, sink: EventSink) -
     model = open_model(Path(config.base_model), device)
     items = data.find(config, lambda event: None).held_out
     samples = data.load(Items(items, ()), config, model, sink=sink).train.samples
-    network = Network(model.unet, model.noise, mse, Precision(device, torch.float32), LoraDropout({}, 0.0))
+    network = Network(model.unet, model.noise, mse, Precision(device, torch.float32), LoraDropout({}, Shares()))
     shown = samples[:: max(1, len(samples) // COLUMNS)][:COLUMNS]
     rows = [("base", _draw(model, shown, sink))]
     adapter = apply_lora(model, Path(finished.output[0]))

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler
-from peft.tuners.lora import LoraLayer
 from PIL import Image
 from torch import Tensor
 
-from lora_trainer.adapters.inject import Adapter, inject_factors
+from lora_trainer.adapters.inject import Adapter, inject_factors, joined
 from lora_trainer.adapters.load import match, read_lora
 from lora_trainer.adapters.parts import layer_name, parts_of
 from lora_trainer.errors import ModelError
@@ -105,7 +105,7 @@ def _betas(alphas_cumprod: Tensor) -> list[float]:
 def apply_lora(model: Model, path: Path) -> Adapter:
     """Put the LoRA of `path` on `model`'s UNet and text encoders. Raises ModelError when it does not fit."""
     lora = read_lora(path)
-    layers: dict[str, LoraLayer] = {}
+    adapters: list[Adapter] = []
     parts = parts_of(model)
     strange = [name for name in lora.factors if not name.startswith(tuple(f"{p.prefix}_" for p in parts.values()))]
     if strange:
@@ -121,9 +121,7 @@ def apply_lora(model: Model, path: Path) -> Adapter:
                 f"{name.replace('_', ' ').replace('unet', 'UNet')} of {model.facts.name}, for example {unmatched[0]}"
             )
         if matched:
-            injected = inject_factors(part.module, matched).layers
-            layers |= {layer_name(name, module): layer for module, layer in injected.items()}
-    if not layers:
+            adapters.append(inject_factors(part.module, matched).called(partial(layer_name, name)))
+    if not adapters:
         raise ModelError(f"{path}: made for another base model: none of its modules has a place in {model.facts.name}")
-    factors = lora.factors.values()
-    return Adapter(layers, max(f.rank for f in factors), max(f.alpha for f in factors))
+    return joined(adapters)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 
 from lora_trainer.adapters.naming import Factors
 
@@ -18,12 +19,21 @@ ADAPTER = "default"
 
 
 @dataclass(frozen=True)
-class Adapter:
-    """The injected layers of one network, by module name in the network's order."""
+class Size:
+    """Of one module's adapter: its change of the weight is scaled by alpha / rank, and it learns `rate` times as fast
+    as its network."""
 
-    layers: dict[str, LoraLayer]
     rank: int
     alpha: float
+    rate: float = 1.0
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The injected layers of one network and their sizes, by module name in the network's order."""
+
+    layers: dict[str, LoraLayer]
+    sizes: dict[str, Size]
 
     def parameters(self) -> list[tuple[str, nn.Module, str]]:
         """(name, owner, attribute) of each trained tensor."""
@@ -32,6 +42,20 @@ class Adapter:
             for name, layer in self.layers.items()
             for part in ("lora_A", "lora_B")
         ]
+
+    def groups(self, ratio: float = 1.0) -> dict[float, list[tuple[str, nn.Module, str]]]:
+        """`parameters` by how fast they learn beside the network; up projections learn `ratio` times as fast as down
+        ones (LoRA+, Hayou et al. 2024, arXiv:2402.12354)."""
+        groups: dict[float, list[tuple[str, nn.Module, str]]] = {}
+        for name, owner, attribute in self.parameters():
+            module, _, part = name.rpartition(".")
+            rate = self.sizes[module].rate * (ratio if part == "lora_B" else 1.0)
+            groups.setdefault(rate, []).append((name, owner, attribute))
+        return groups
+
+    def called(self, way: Callable[[str], str]) -> Adapter:
+        """The same under other names of its modules."""
+        return Adapter(*({way(name): of for name, of in each.items()} for each in (self.layers, self.sizes)))
 
     def downs(self) -> dict[str, nn.Module]:
         """The down projections, whose output LoRA dropout acts on."""
@@ -43,7 +67,7 @@ class Adapter:
             name: Factors(
                 down=layer.lora_A[ADAPTER].weight.detach().float().cpu().clone(),
                 up=layer.lora_B[ADAPTER].weight.detach().float().cpu().clone(),
-                alpha=float(self.alpha),
+                alpha=float(self.sizes[name].alpha),
             )
             for name, layer in self.layers.items()
         }
@@ -63,6 +87,12 @@ class Adapter:
                 layer.enable_adapters(True)
 
 
+def joined(adapters: Sequence[Adapter]) -> Adapter:
+    """Several networks' as one; no two of their modules have one name."""
+    layers, sizes = ChainMap(*(a.layers for a in adapters)), ChainMap(*(a.sizes for a in adapters))
+    return Adapter(dict(layers), dict(sizes))
+
+
 @contextmanager
 def without(adapters: Iterable[Adapter]) -> Iterator[None]:
     """Inside, every one of `adapters` is off, and with them their dropout: the networks are the base."""
@@ -72,50 +102,47 @@ def without(adapters: Iterable[Adapter]) -> Iterator[None]:
         yield
 
 
-def inject(
-    network: nn.Module,
-    modules: Sequence[str],
-    *,
-    rank: int,
-    alpha: float,
-    generator: Callable[[str], torch.Generator],
-) -> Adapter:
-    """Put a LoRA on `modules` of `network` (a frozen view; its tensors are not touched).
+def inject(network: nn.Module, sizes: Mapping[str, Size], *, generator: Callable[[str], torch.Generator]) -> Adapter:
+    """Put a LoRA on the modules of `network` (a frozen view; its tensors are not touched) that `sizes` names.
 
     Parameters are fp32 whatever the base's dtype. Down starts as PEFT's (Kaiming uniform, a = sqrt 5), drawn from
     `generator(module name)`, up starts at zero. Dropout is ours (`training.dropout`), so PEFT's is 0.
     """
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(modules), lora_dropout=0.0)
-    layers = _inject(network, modules, config)
+    layers = _inject(network, list(sizes))
     for name, layer in layers.items():
-        down, up = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
-        start = torch.empty(down.weight.shape)
-        bound = 1 / math.sqrt(start[0].numel())
-        start.uniform_(-bound, bound, generator=generator(name))
-        device = layer.get_base_layer().weight.device
-        down.weight = nn.Parameter(start.to(device))
-        up.weight = nn.Parameter(torch.zeros(up.weight.shape, device=device))
-    return Adapter(layers, rank, alpha)
+        size, shape = sizes[name], layer.get_base_layer().weight.shape
+        down = torch.empty(size.rank, *shape[1:])
+        bound = 1 / math.sqrt(down[0].numel())
+        down.uniform_(-bound, bound, generator=generator(name))
+        _put(layer, down, torch.zeros(shape[0], size.rank), size)
+    return Adapter(layers, dict(sizes))
 
 
 def inject_factors(network: nn.Module, factors: Mapping[str, Factors]) -> Adapter:
     """Put a loaded LoRA on `network`, each module with its own rank and alpha, frozen."""
-    # PEFT's rank patterns mean different things in its versions: inject rank 1, then put the file's tensors in.
-    layers = _inject(network, list(factors), LoraConfig(r=1, lora_alpha=1, target_modules=list(factors)))
+    layers = _inject(network, list(factors))
+    sizes = {name: Size(f.rank, f.alpha) for name, f in factors.items()}
     for name, layer in layers.items():
-        device = layer.get_base_layer().weight.device
-        f = factors[name]
-        for part, values in (("lora_A", f.down), ("lora_B", f.up)):
-            projection = getattr(layer, part)[ADAPTER]
-            shape = (*values.shape[:2], *projection.weight.shape[2:])
-            projection.weight = nn.Parameter(values.float().reshape(shape).to(device), requires_grad=False)
-        layer.r[ADAPTER], layer.lora_alpha[ADAPTER] = f.rank, f.alpha
-        layer.scaling[ADAPTER] = f.alpha / f.rank
-    return Adapter(layers, max(f.rank for f in factors.values()), max(f.alpha for f in factors.values()))
+        _put(layer, factors[name].down, factors[name].up, sizes[name])
+        layer.requires_grad_(False)
+    return Adapter(layers, sizes)
 
 
-def _inject(network: nn.Module, modules: Sequence[str], config: LoraConfig) -> dict[str, LoraLayer]:
+def _put(layer: LoraLayer, down: Tensor, up: Tensor, size: Size) -> None:
+    """The tensors of a LoRA into PEFT's projections, which were made for rank 1."""
+    device = layer.get_base_layer().weight.device
+    for part, values in (("lora_A", down), ("lora_B", up)):
+        projection = getattr(layer, part)[ADAPTER]
+        shape = (*values.shape[:2], *projection.weight.shape[2:])
+        projection.weight = nn.Parameter(values.float().reshape(shape).to(device))
+    layer.r[ADAPTER], layer.lora_alpha[ADAPTER] = size.rank, size.alpha
+    layer.scaling[ADAPTER] = size.alpha / size.rank
+
+
+def _inject(network: nn.Module, modules: Sequence[str]) -> dict[str, LoraLayer]:
     """PEFT's layers on `modules`, by name. Its initialisation moves no global generator."""
+    # PEFT's rank patterns mean different things in its versions: inject rank 1, then put tensors of each rank in.
+    config = LoraConfig(r=1, lora_alpha=1, target_modules=list(modules), lora_dropout=0.0)
     with torch.random.fork_rng(devices=[]):
         inject_adapter_in_model(config, network, adapter_name=ADAPTER)
     found = {name: layer for name, layer in network.named_modules() if isinstance(layer, LoraLayer)}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from lora_trainer.adapters.naming import UNET_PREFIX, Factors, to_kohya
@@ -36,13 +37,17 @@ class Part:
 
 def parts_of(model: Model) -> dict[str, Part]:
     """By diffusers' names of them; the UNet first."""
-    family, config = model.facts.family, model.unet.config
-    attends = ["CrossAttn" in kind for kind in config.up_block_types]
-    named = partial(to_ldm, layers_per_block=config.layers_per_block, attends=attends) if family.ldm_names else str
-    parts = {"unet": Part(model.unet, UNET_PREFIX, named)}
+    family = model.facts.family
+    parts = {"unet": Part(model.unet, UNET_PREFIX, ldm_names(model.unet) if family.ldm_names else str)}
     for (network, encoder), text in zip(model.text.networks.items(), family.text, strict=True):
         parts[network] = Part(encoder.module, text.lora, packed=text.form == "open_clip")
     return parts
+
+
+def ldm_names(unet: UNet2DConditionModel) -> Callable[[str], str]:
+    """The checkpoint's own name of a module by diffusers' name."""
+    attends = ["CrossAttn" in kind for kind in unet.config.up_block_types]
+    return partial(to_ldm, layers_per_block=unet.config.layers_per_block, attends=attends)
 
 
 def layer_name(network: str, module_name: str) -> str:

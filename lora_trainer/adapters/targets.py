@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from difflib import get_close_matches
+from fnmatch import fnmatchcase
 
 from torch import nn
 
@@ -16,6 +17,7 @@ CONV = ("conv1", "conv2", "conv_shortcut", "time_emb_proj", "downsamplers.0.conv
 # kohya's in each layer of a CLIP text encoder.
 TEXT = re.compile(r"(?:.+\.)?layers\.(\d+)\.(?:self_attn\.(?:[qkv]|out)_proj|mlp\.fc[12])")
 SETS = {"default": ATTENTION, "conv": CONV}
+BLOCKS = {"input_blocks": "IN", "middle_block": "MID", "output_blocks": "OUT"}
 # The names of language models and of PEFT's examples.
 ALIASES = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out.0"}
 
@@ -45,6 +47,23 @@ def select_text(model: nn.Module, layers: int) -> tuple[str, ...]:
     """Names of the modules of a CLIP text encoder that are trained, in its first `layers` layers and in its order."""
     found = ((name, TEXT.fullmatch(name)) for name, module in model.named_modules() if isinstance(module, nn.Linear))
     return tuple(name for name, match in found if match and int(match[1]) < layers)
+
+
+def filtered(names: Sequence[str], include: Sequence[str], exclude: Sequence[str]) -> tuple[str, ...]:
+    """Those of `names` that match a pattern (`*.attn2.*`, as in a shell) of `include`, if it has any, and none of
+    `exclude`."""
+
+    def matches(name: str, patterns: Sequence[str]) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+    return tuple(n for n in names if (not include or matches(n, include)) and not matches(n, exclude))
+
+
+def block_of(ldm_name: str) -> str:
+    """The block of a UNet's module by its name in the checkpoint: IN04 of `input_blocks.4.1.proj_in`, as kohya counts
+    them; "" outside of the blocks."""
+    side, _, rest = ldm_name.partition(".")
+    return f"{BLOCKS[side]}{int(rest.partition('.')[0]):02}" if side in BLOCKS else ""
 
 
 def _ends(name: str, ending: str) -> bool:

@@ -10,12 +10,15 @@ from pathlib import Path, PureWindowsPath
 import msgspec
 import yaml
 
+from lora_trainer.config.adapting import LORA
 from lora_trainer.config.options import Option, options
 from lora_trainer.config.presets import FAMILIES, PRESETS, Preset
 from lora_trainer.config.schema import GROUPS, PATHS, TRUSTED, Config
 
 PRIVATE = ("sample_prompts", "sample_negative_prompt")
-TEXT_ENCODER = ("train_text_encoder", "text_encoder_lr")
+TEXT_ENCODER = ("train_text_encoder", "text_encoder_rank", "text_encoder_alpha", "text_encoder_lr", "text_encoder_2_lr")
+# What an ordinary LoRA says of itself; of the other settings of what is trained only those that were made.
+PLAIN = ("lora_rank", "lora_alpha", "lora_dropout", "target_modules", "train_text_encoder", "text_encoder_lr")
 TABLE_START, TABLE_END = "<!-- options:start -->", "<!-- options:end -->"
 PRESETS_START, PRESETS_END = "<!-- presets:start -->", "<!-- presets:end -->"
 
@@ -44,8 +47,11 @@ _Dumper.add_representer(str, _text)
 
 def to_header(config: Config) -> str:
     """JSON for the file's header: absolute paths and previews are left out unless `metadata_private`, and the settings
-    of a text encoder that is not trained, and always what names code."""
+    of a text encoder that is not trained, what makes a LoRA no ordinary one and was not asked for, and always what
+    names code."""
     values = {key: value for key, value in msgspec.to_builtins(config).items() if key not in TRUSTED}
+    usual = {o.key: o.default for o in _of(LORA) if o.key not in PLAIN}
+    values = {key: value for key, value in values.items() if key not in usual or value != usual[key]}
     if not config.train_text_encoder:
         values = {key: value for key, value in values.items() if key not in TEXT_ENCODER}
     if not config.metadata_private:

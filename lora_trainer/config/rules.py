@@ -8,6 +8,8 @@ from collections.abc import Iterator
 
 import msgspec
 
+from lora_trainer.config.adapting_rules import RULES as ADAPTING
+from lora_trainer.config.adapting_rules import SCHEDULE_FREE
 from lora_trainer.config.schema import PATHS, Config
 from lora_trainer.errors import shown
 
@@ -16,8 +18,6 @@ FORBIDDEN = re.compile(r'[:<>,/\\|?*"\x00-\x1f\x7f]')
 RESERVED = {"none", "addams", "con", "prn", "aux", "nul"} | {f"{d}{n}" for d in ("com", "lpt") for n in range(1, 10)}
 MAX_NAME_BYTES = 150
 WEIGHTS = ("min_snr_gamma", "soft_min_snr_gamma", "debiased_estimation_loss", "scale_v_pred_loss_like_noise_pred")
-ONE_RATE = ("prodigy",)
-SCHEDULE_FREE = ("adamwschedulefree", "prodigyplusschedulefree")
 ARGUMENT = re.compile(r"\s*[A-Za-z_]\w*\s*=\s*\S.*", re.DOTALL)
 MAX_TEXT, MAX_ENTRIES, MAX_CONCEPTS = 10_000, 1_000, 100
 
@@ -44,11 +44,6 @@ def _previews(config: Config) -> Iterator[str]:
         yield "sample_every: expected sample_prompts beside it, found none"
 
 
-def _text_encoder(config: Config) -> Iterator[str]:
-    if config.text_encoder_lr is not None and not config.train_text_encoder:
-        yield "text_encoder_lr: expected train_text_encoder beside it, found it switched off"
-
-
 def _captions(config: Config) -> Iterator[str]:
     if config.keep_tokens and not (config.shuffle_captions or config.tag_dropout):
         yield "keep_tokens: expected shuffle_captions or tag_dropout beside it, found neither"
@@ -64,11 +59,6 @@ def _optimizer(config: Config) -> Iterator[str]:
     for text in config.optimizer_args:
         if not ARGUMENT.fullmatch(text):
             yield f"optimizer_args: expected name=value, found {shown(text)}"
-    if config.optimizer in ONE_RATE and config.text_encoder_lr not in (None, config.learning_rate):
-        yield (
-            f"text_encoder_lr: expected that of learning_rate, since {config.optimizer} knows one for all, "
-            f"found {config.text_encoder_lr:g}"
-        )
     if config.optimizer in SCHEDULE_FREE and config.ema_decay:
         yield f"ema_decay: expected 0, since {config.optimizer} averages by itself, found {config.ema_decay:g}"
 
@@ -165,7 +155,7 @@ RULES = (
     _validation,
     _drift,
     _previews,
-    _text_encoder,
+    *ADAPTING,
     _captions,
     _warmup,
     _name,

@@ -11,12 +11,13 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from lora_trainer.config.adapting import LORA, Adapting
 from lora_trainer.config.declare import about as _about
-from lora_trainer.config.judging import PREVIEWS, Judging
+from lora_trainer.config.judging import PREVIEWS
 from lora_trainer.config.learning import OBJECTIVE, OPTIMIZER
 from lora_trainer.config.presets import NONE, PRESETS
 
-MODEL, DATA, CAPTIONS, LORA = "Model", "Data", "Captions", "LoRA"
+MODEL, DATA, CAPTIONS = "Model", "Data", "Captions"
 TRAINING, OUTPUT = "Training", "Output"
 GROUPS = (MODEL, DATA, CAPTIONS, LORA, TRAINING, OPTIMIZER, OBJECTIVE, OUTPUT, PREVIEWS)
 # Larger numbers before a folder's name are years and the like.
@@ -42,7 +43,7 @@ class Concept(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     )
 
 
-class Config(Judging, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Config(Adapting, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A run's settings. Only `config.build` makes one, since constructing it checks nothing."""
 
     preset: Annotated[
@@ -173,35 +174,6 @@ class Config(Judging, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ] = False
     caption_prefix: Annotated[str, _about(CAPTIONS, "Words in front of every caption.")] = ""
     caption_suffix: Annotated[str, _about(CAPTIONS, "Words after every caption.")] = ""
-
-    lora_rank: Annotated[
-        int, _about(LORA, "How much the LoRA can hold, and its file size. 4 to 16 for a style.", ge=1, le=1024)
-    ] = 8
-    lora_alpha: (
-        Annotated[float, _about(LORA, "Strength of the LoRA is alpha / rank; twice the rank when left out.", gt=0)]
-        | None
-    ) = None
-    lora_dropout: Annotated[
-        float, _about(LORA, "Share of the LoRA's inner values left out at random, against overfitting.", ge=0, lt=1)
-    ] = 0.1
-    target_modules: Annotated[
-        list[str],
-        _about(
-            LORA,
-            "In the UNet: the sets default (kohya's 192 modules), conv (adds convolutions), or endings of names: to_q.",
-            min_length=1,
-        ),
-    ] = msgspec.field(default_factory=lambda: ["default"])
-
-    train_text_encoder: Annotated[
-        bool, _about(LORA, "A LoRA on the text encoder too, for words that it does not know; slower.")
-    ] = False
-    text_encoder_lr: (
-        Annotated[
-            float, _about(LORA, "The text encoder's learning rate; half of learning_rate when left out.", gt=0, le=1)
-        ]
-        | None
-    ) = None
 
     batch_size: Annotated[int, _about(TRAINING, "Pictures at once. Lower it when memory runs out.", ge=1, le=1024)] = 4
     gradient_accumulation_steps: Annotated[

@@ -30,7 +30,8 @@ class Site:
     down [r, in] and up [out, r] are the weights in the compute dtype, both with r as the dimension that is not
     contiguous. The gradients, laid out alike, are added to `grad_down` and `grad_up` (fp32), or written over them
     where they are buffers in the compute dtype that are collected after each backward pass. `parameters` are the
-    masters, which tell autograd that there is something to train.
+    masters, which tell autograd that there is something to train. `drawn`: a kernel can draw the dropout by itself;
+    else its mask is there as a tensor only.
     """
 
     down: Tensor
@@ -40,6 +41,7 @@ class Site:
     parameters: tuple[Tensor, Tensor]
     scale: Callable[[], float]
     draw: Callable[[int], Draw | None]
+    drawn: bool = True
 
     @property
     def rank(self) -> int:

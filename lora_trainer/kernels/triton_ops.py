@@ -26,7 +26,7 @@ class TritonOps(PlainOps):
     def lora_linear(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, site: Site, residual: Tensor | None = None
     ) -> Tensor:
-        if site.rank > MAX_RANK or x.dtype not in HALVES or not fits(*reversed(weight.shape)):
+        if not site.drawn or site.rank > MAX_RANK or x.dtype not in HALVES or not fits(*reversed(weight.shape)):
             return super().lora_linear(x, weight, bias, site, residual)
         return TritonLoraLinear.apply(x, (weight, bias), residual, site, *site.parameters)
 

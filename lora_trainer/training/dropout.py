@@ -18,23 +18,66 @@ from torch import Tensor, nn
 from lora_trainer.kernels.site import Draw
 from lora_trainer.training.randomness import keep_mask
 
+# Whole ranks and whole modules are drawn from sequences of their own.
+_RANKS, _MODULES = 0x52414E4B, 0x4D4F4455
+
+
+@dataclass(frozen=True)
+class Shares:
+    """What is left out of a LoRA: entries of the rank-r product; ranks, for a whole sample; modules, likewise. What
+    remains is scaled up for it, but for modules, as in kohya."""
+
+    entries: float = 0.0
+    ranks: float = 0.0
+    modules: float = 0.0
+
+    @property
+    def any(self) -> bool:
+        return bool(self.entries or self.whole)
+
+    @property
+    def whole(self) -> bool:
+        """Whether anything is left out for a whole sample, which no kernel draws by itself."""
+        return bool(self.ranks or self.modules)
+
 
 @dataclass
 class _Masks:
-    """The masks of one batch: [B, all modules' entries], drawn at the first request."""
+    """The masks of one batch: [B, all modules' entries], drawn at the first request, as those of whole ranks [B, all
+    modules' ranks] and of whole modules [B, modules]. `ranks`: each module's."""
 
     keys: Tensor
     sizes: dict[str, int]
-    dropout: float
+    ranks: Mapping[str, int]
+    shares: Shares
     dtype: torch.dtype
     _parts: dict[str, Tensor] = field(default_factory=dict)
+    _wholes: dict[str, Tensor] = field(default_factory=dict)
 
-    def of(self, name: str) -> Tensor:
+    def of(self, name: str, rows: int) -> Tensor:
+        """[B, rows a sample, r]; one row stands for all where nothing but wholes is left out."""
+        batch, rank = len(self.keys), self.ranks[name]
+        if not self.shares.whole:
+            return self._entries(name).reshape(batch, rows, rank)
+        whole = self._whole(name)
+        return self._entries(name).reshape(batch, rows, rank) * whole if self.shares.entries else whole
+
+    def _entries(self, name: str) -> Tensor:
         if not self._parts:
-            keep = keep_mask(self.keys, sum(self.sizes.values()), self.dropout)
-            parts = keep.to(self.dtype).div_(1 - self.dropout).split(list(self.sizes.values()), dim=1)
+            keep = keep_mask(self.keys, sum(self.sizes.values()), self.shares.entries)
+            parts = keep.to(self.dtype).div_(1 - self.shares.entries).split(list(self.sizes.values()), dim=1)
             self._parts = dict(zip(self.sizes, parts, strict=True))
         return self._parts[name]
+
+    def _whole(self, name: str) -> Tensor:
+        """[B, 1, r]."""
+        if not self._wholes:
+            shares, counts = self.shares, list(self.ranks.values())
+            ranks = keep_mask(self.keys ^ _RANKS, sum(counts), shares.ranks).to(self.dtype).div_(1 - shares.ranks)
+            modules = keep_mask(self.keys ^ _MODULES, len(counts), shares.modules).to(self.dtype)
+            parts = zip(self.ranks, ranks.split(counts, dim=1), modules.split(1, dim=1), strict=True)
+            self._wholes = {name: (part * module).unsqueeze(1) for name, part, module in parts}
+        return self._wholes[name]
 
     def offset(self, name: str) -> int:
         offset = 0
@@ -52,8 +95,9 @@ class LoraDropout:
     forward hook wherever the projection itself is called; fused products ask for their `draw` instead.
     """
 
-    def __init__(self, downs: Mapping[str, nn.Module], dropout: float, dtype: torch.dtype = torch.float32) -> None:
-        self.dropout, self.dtype = dropout, dtype
+    def __init__(self, downs: Mapping[str, nn.Module], shares: Shares, dtype: torch.dtype = torch.float32) -> None:
+        self.shares, self.dtype = shares, dtype
+        self._ranks = {name: layer.weight.shape[0] for name, layer in downs.items()}
         self._sizes: dict[tuple, dict[str, int]] = {}
         self._recording: tuple[Tensor, dict[str, int]] | None = None
         self._masks: _Masks | None = None
@@ -76,15 +120,15 @@ class LoraDropout:
 
     def knows(self, shape: tuple) -> bool:
         """Whether masks can be drawn for batches of this `shape`."""
-        return self.dropout == 0 or shape in self._sizes
+        return not self.shares.entries or shape in self._sizes
 
     @contextmanager
     def masks(self, shape: tuple, keys: Tensor) -> Iterator[None]:
         """Dropout is on inside. `keys`: [B, 2] int32 of `randomness.mask_keys`, on the compute device."""
-        if self.dropout == 0:
+        if not self.shares.any:
             yield
             return
-        self._masks = _Masks(keys, self._sizes[shape], self.dropout, self.dtype)
+        self._masks = _Masks(keys, self._sizes.get(shape, {}), self._ranks, self.shares, self.dtype)
         try:
             yield
         finally:
@@ -96,11 +140,17 @@ class LoraDropout:
             keys, sizes = self._recording
             sizes[name] = rows // len(keys) * rank
             # The kernels of a step, not of one without dropout, are what is to be compiled and warm.
-            return Draw(keys, 0, self.dropout, lambda: torch.ones((), dtype=self.dtype, device=keys.device))
+            return Draw(keys, 0, self.shares.entries, lambda: torch.ones((), dtype=self.dtype, device=keys.device))
         masks = self._masks
         if masks is None:
             return None
-        return Draw(masks.keys, masks.offset(name), self.dropout, lambda: masks.of(name).reshape(rows, rank))
+        per_sample = rows // len(masks.keys)
+        offset = masks.offset(name) if self.shares.entries else 0
+
+        def mask() -> Tensor:
+            return masks.of(name, per_sample).expand(-1, per_sample, -1).reshape(rows, rank)
+
+        return Draw(masks.keys, offset, self.shares.entries, mask)
 
     def remove(self) -> None:
         for handle in self._handles:
@@ -116,8 +166,9 @@ class LoraDropout:
             sizes[name] = out.numel() // len(keys)
         if self._masks is None:
             return None
-        mask = self._masks.of(name)
+        rows = out[0].numel() // self._ranks[name]
+        mask = self._masks.of(name, rows)
         if out.dim() == 4:
             batch, rank, height, width = out.shape
-            return out * mask.view(batch, height, width, rank).permute(0, 3, 1, 2)
-        return out * mask.view(out.shape)
+            return out * mask.expand(-1, rows, -1).reshape(batch, height, width, rank).permute(0, 3, 1, 2)
+        return out * mask.expand(-1, rows, -1).reshape(out.shape)

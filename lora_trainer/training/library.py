@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from lora_trainer.config import Config
-from lora_trainer.config.rules import SCHEDULE_FREE
+from lora_trainer.config.adapting_rules import SCHEDULE_FREE
 from lora_trainer.errors import ConfigError, UserError
 from lora_trainer.training.average import Averaged
+from lora_trainer.training.norms import WithinNorm, products_of
 from lora_trainer.training.optimizers import AdamWSettings, FlatAdamW, Optimizer
 from lora_trainer.training.trainables import Slot, Trainables
 
@@ -59,12 +60,15 @@ REGISTRY = {
 }
 
 
-def optimizer_of(config: Config, trainables: Trainables) -> Optimizer:
-    """What `config` asks for, with its average where there is an ema_decay. Raises ConfigError."""
+def optimizer_of(config: Config, trainables: Trainables, scales: Mapping[str, float] | None = None) -> Optimizer:
+    """What `config` asks for, with its average where there is an ema_decay. `scales`: of each module, for
+    scale_weight_norms. Raises ConfigError."""
     if config.optimizer == "adamw":
         optimizer: Optimizer = FlatAdamW(trainables, AdamWSettings(weight_decay=config.weight_decay))
     else:
         optimizer = Library(config, trainables)
+    if config.scale_weight_norms and scales:
+        optimizer = WithinNorm(optimizer, products_of(trainables.slots, scales), config.scale_weight_norms)
     return Averaged(optimizer, trainables.masters, config.ema_decay) if config.ema_decay else optimizer
 
 

@@ -12,20 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from lora_trainer.adapters.inject import ADAPTER, Adapter, inject, without
-from lora_trainer.adapters.naming import Factors, text_name
+from lora_trainer.adapters.naming import Factors
 from lora_trainer.adapters.parts import layer_name
-from lora_trainer.adapters.targets import select, select_text
 from lora_trainer.config import Config
-from lora_trainer.config.rules import ONE_RATE
-from lora_trainer.errors import ConfigError
 from lora_trainer.events import Started
 from lora_trainer.kernels.site import Site
 from lora_trainer.models.model import Model
 from lora_trainer.training import randomness
 from lora_trainer.training.capture import Captures
 from lora_trainer.training.checkpointing import checkpointed
+from lora_trainer.training.chosen import learning_rate_of, text_layer, text_sizes, unet_sizes, usual_size
 from lora_trainer.training.clip import StepClip
-from lora_trainer.training.dropout import LoraDropout
+from lora_trainer.training.dropout import LoraDropout, Shares
 from lora_trainer.training.fused import Fused, fuse, is_linear
 from lora_trainer.training.ladder import ALL, Plan
 from lora_trainer.training.library import optimizer_notices, optimizer_of
@@ -65,11 +63,6 @@ class Segment:
     tier: Tier
 
     @property
-    def adapter(self) -> Adapter:
-        """The UNet's."""
-        return self.adapters["unet"]
-
-    @property
     def modules(self) -> int:
         return sum(len(adapter.layers) for adapter in self.adapters.values())
 
@@ -83,7 +76,7 @@ class Segment:
     @property
     def base_count(self) -> int:
         """Scalars of the frozen networks that the adapters are on."""
-        networks = [self.model.unet] + (self.model.text.modules if len(self.adapters) > 1 else [])
+        networks = [self.model.unet] + (self.model.text.modules if self.config.train_text_encoder else [])
         return sum(p.numel() for network in networks for p in network.parameters()) - self.trainables.count
 
     @property
@@ -137,7 +130,7 @@ class Segment:
 
     def started(self, name: str, images: int, steps: int) -> Started:
         """What is said before the first step."""
-        config, facts = self.config, self.model.facts
+        config, facts, usual = self.config, self.model.facts, usual_size(self.config)
         return Started(
             name=name,
             device=str(facts.device),
@@ -149,7 +142,7 @@ class Segment:
             trainable=self.trainables.count,
             total=self.base_count,
             modules=self.modules,
-            scale=alpha_of(config) / config.lora_rank,
+            scale=usual.alpha / usual.rank,
         )
 
     @property
@@ -175,13 +168,11 @@ def open_segment(
     precision, _ = resolve(config.mixed_precision, model.facts.device)
     adapters = injected(config, model)
     downs = {name: down for adapter in adapters.values() for name, down in adapter.downs().items()}
-    dropout = LoraDropout(downs, config.lora_dropout, precision.compute)
+    shares = Shares(config.lora_dropout, config.rank_dropout, config.module_dropout)
+    dropout = LoraDropout(downs, shares, precision.compute)
     with ExitStack() as stack:
         stack.callback(dropout.remove)
-        trainables = Trainables(
-            {part: adapter.parameters() for part, adapter in adapters.items()},
-            {part: text_encoder_lr_of(config) / config.learning_rate for part in adapters if part != "unet"},
-        )
+        trainables = trainables_of(config, adapters)
         tier = choose_tier(config, model, precision, choose)
         working = WorkingCopy(trainables, precision.compute, collects=tier.ops.collects)
         found = ChainMap(*(sites(adapter, working, dropout) for adapter in adapters.values()))
@@ -206,37 +197,32 @@ def open_segment(
 
 def injected(config: Config, model: Model) -> dict[str, Adapter]:
     """Fresh LoRAs in the views of the networks that `config` trains; module names are those of files."""
-    put = partial(inject, rank=config.lora_rank, alpha=alpha_of(config))
 
     def start(name: str) -> torch.Generator:
         return randomness.generator(config.seed, f"init {name}")
 
-    adapters = {"unet": put(model.unet, select(model.unet, config.target_modules), generator=start)}
+    adapters = {}
+    if config.train_unet:
+        adapters["unet"] = inject(model.unet, unet_sizes(config, model.unet), generator=start)
     if config.train_text_encoder:
         for network, encoder in model.text.networks.items():
-            modules = select_text(encoder.inner, encoder.layers)
-            if not modules:
-                raise ConfigError([f"clip_skip: {encoder.clip_skip} leaves no layer of the text encoder to train"])
-            called = partial(_text_layer, network)
-            adapter = put(encoder.inner, modules, generator=lambda name, called=called: start(called(name)))
-            layers = {called(name): layer for name, layer in adapter.layers.items()}
-            adapters[network] = replace(adapter, layers=layers)
+            called = partial(text_layer, network)
+            sizes = text_sizes(config, encoder, network)
+            adapter = inject(encoder.inner, sizes, generator=lambda name, called=called: start(called(name)))
+            adapters[network] = adapter.called(called)
     return adapters
 
 
-def _text_layer(network: str, name: str) -> str:
-    return layer_name(network, text_name(name))
-
-
-def text_encoder_lr_of(config: Config) -> float:
-    """text_encoder_lr, by default half the learning rate, or the same where the optimizer knows only one."""
-    share = 1.0 if config.optimizer in ONE_RATE else 0.5
-    return config.learning_rate * share if config.text_encoder_lr is None else config.text_encoder_lr
-
-
-def alpha_of(config: Config) -> float:
-    """lora_alpha, by default twice the rank."""
-    return float(2 * config.lora_rank if config.lora_alpha is None else config.lora_alpha)
+def trainables_of(config: Config, adapters: Mapping[str, Adapter]) -> Trainables:
+    """The parameters of `adapters`, in a group for each learning rate."""
+    groups, factors = {}, {}
+    for network, adapter in adapters.items():
+        share = learning_rate_of(config, network) / config.learning_rate
+        found = adapter.groups(config.loraplus_lr_ratio)
+        for rate, members in found.items():
+            name = network if len(found) == 1 else f"{network} ×{rate:g}"
+            groups[name], factors[name] = members, share * rate
+    return Trainables(groups, factors)
 
 
 def sites(adapter: Adapter, working: WorkingCopy, dropout: LoraDropout) -> dict[nn.Module, Site]:
@@ -254,7 +240,8 @@ def sites(adapter: Adapter, working: WorkingCopy, dropout: LoraDropout) -> dict[
             grad_up=working.grad(up).flatten(1),
             parameters=(down.owner.weight, up.owner.weight),
             scale=partial(layer.scaling.__getitem__, ADAPTER),
-            draw=dropout.drawer(name, adapter.rank),
+            draw=dropout.drawer(name, down.shape[0]),
+            drawn=not dropout.shares.whole,
         )
     return found
 
@@ -264,7 +251,8 @@ def _assemble(
 ) -> Segment:
     device, trainables = model.facts.device, working.trainables
     scaler = LossScaler(device, enabled=network.precision.compute == torch.float16)
-    optimizer = optimizer_of(config, trainables)
+    scales = {n: size.alpha / size.rank for adapter in adapters.values() for n, size in adapter.sizes.items()}
+    optimizer = optimizer_of(config, trainables, scales)
     captures = Captures(device, enabled=tier.captured, deterministic=config.deterministic)
     loss = torch.zeros((), device=device)
     return Segment(

@@ -55,7 +55,8 @@ def work_of(config: Config, model: Model, compute: torch.dtype, layout: torch.me
     number formats, the layout, dropout."""
     networks = [model.unet] + (model.text.modules if config.train_text_encoder else [])
     weights = [(n, tuple(p.shape), str(p.dtype)) for network in networks for n, p in network.named_parameters()]
-    facts = (weights, str(compute), str(layout), config.lora_dropout)
+    whole = [share for share in (config.rank_dropout, config.module_dropout) if share]
+    facts = (weights, str(compute), str(layout), config.lora_dropout, *whole)
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
 
 

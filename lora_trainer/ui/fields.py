@@ -40,7 +40,22 @@ _LABELS = {
     "lora_rank": "Rank",
     "lora_alpha": "Alpha",
     "lora_dropout": "Dropout",
+    "rank_stabilized": "Rank-stabilised strength",
+    "rank_dropout": "Share of ranks left out",
+    "module_dropout": "Share of modules left out",
     "target_modules": "Parts to train",
+    "include_modules": "Only modules like",
+    "exclude_modules": "No modules like",
+    "conv_rank": "Rank of convolutions",
+    "conv_alpha": "Alpha of convolutions",
+    "block_ranks": "Ranks of blocks",
+    "block_alphas": "Alphas of blocks",
+    "block_lrs": "Learning rates of blocks",
+    "loraplus_lr_ratio": "LoRA+ ratio",
+    "scale_weight_norms": "Largest norm of a module",
+    "train_unet": "Train the UNet",
+    "text_encoder_rank": "Text encoder's rank",
+    "text_encoder_alpha": "Text encoder's alpha",
     "gradient_accumulation_steps": "Batches per step",
     "max_train_steps": "Stop after steps",
     "lr_scheduler": "Learning rate schedule",
@@ -98,7 +113,10 @@ _HELP = {
     "log_with": "The run's folder keeps them as CSV, and for TensorBoard if asked.",
 }
 
-_AUTOMATIC = ("output_name", "resolution", "lora_alpha")
+_AUTOMATIC = (
+    *("output_name", "resolution", "lora_alpha", "conv_alpha"),
+    *("text_encoder_rank", "text_encoder_alpha"),
+)
 _PLACEHOLDERS = {
     "train_data_dir": "/path/to/my pictures",
     "concepts": "{folder: castle, repeats: 10, trigger_words: my castle}",

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from benchmarks.models import UNETS
-from lora_trainer.adapters.inject import inject
+from lora_trainer.adapters.inject import Size, inject
 from lora_trainer.adapters.naming import TEXT_PREFIX, UNET_PREFIX, Factors, to_kohya
 from lora_trainer.adapters.targets import select, select_text
 from lora_trainer.models.text import ClipEncoder
@@ -71,7 +71,8 @@ def test_what_peft_injects_has_these_shapes(unet):
         )
     small = small.to_empty(device="cpu").requires_grad_(False)
     names = select(small, ["default", "conv"])
-    adapter = inject(small, names, rank=RANK, alpha=16.0, generator=lambda name: torch.Generator().manual_seed(0))
+    sizes = dict.fromkeys(names, Size(RANK, 16.0))
+    adapter = inject(small, sizes, generator=lambda name: torch.Generator().manual_seed(0))
     modules = {name: layer.get_base_layer() for name, layer in adapter.layers.items()}
     assert described(UNET_PREFIX, adapter.factors()) == described(
         UNET_PREFIX, {name: shapes_of(module) for name, module in modules.items()}

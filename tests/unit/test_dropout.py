@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lora_trainer.training import randomness
-from lora_trainer.training.dropout import LoraDropout
+from lora_trainer.training.dropout import LoraDropout, Shares
 
 
 class Net(nn.Module):
@@ -23,7 +23,7 @@ class Net(nn.Module):
 
 def setup(dropout=0.3):
     net = Net()
-    return net, LoraDropout({"down": net.down, "conv": net.conv}, dropout)
+    return net, LoraDropout({"down": net.down, "conv": net.conv}, Shares(dropout))
 
 
 def gradients(net, drop, x, keys, run=lambda f, x: f(x)):

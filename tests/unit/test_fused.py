@@ -90,9 +90,9 @@ def test_switched_off_and_weighed_loras_are_heard(checkpoint):
         one_step(segment)
         losses = []
         for weight in (0, 0.5, 1):
-            with segment.adapter.weight(weight), torch.no_grad():
+            with segment.adapters["unet"].weight(weight), torch.no_grad():
                 losses.append(segment.network.losses(batch()))
-        with fuse(segment.model.unet, Fusedless(segment)), segment.adapter.weight(0), torch.no_grad():
+        with fuse(segment.model.unet, Fusedless(segment)), segment.adapters["unet"].weight(0), torch.no_grad():
             base = segment.network.losses(batch())
         assert torch.equal(losses[0], base)
         assert not torch.equal(losses[1], losses[0])

@@ -92,7 +92,8 @@ def wake(segment) -> None:
 def plain_copy(network: nn.Module, adapter: Adapter, names: list[str]) -> tuple[nn.Module, Adapter]:
     """PEFT's own layers with the same weights in a float64 copy, computed by diffusers' and transformers' forwards."""
     copy = deepcopy(network)
-    theirs = inject(copy, names, rank=adapter.rank, alpha=adapter.alpha, generator=lambda name: torch.Generator())
+    sizes = dict(zip(names, adapter.sizes.values(), strict=True))
+    theirs = inject(copy, sizes, generator=lambda name: torch.Generator())
     copy.double()
     for mine, other in zip(adapter.layers.values(), theirs.layers.values(), strict=True):
         for part in ("lora_A", "lora_B"):
