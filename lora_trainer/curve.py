@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 from statistics import median
 from typing import NamedTuple
 
@@ -12,6 +13,8 @@ RISE = 0.05
 # Second differences from which the noise is told, the newest ones, since early on a curve bends by itself; of fewer
 # than FEWEST nothing is.
 RECENT, FEWEST = 9, 5
+# As a share of what has been learned so far: less than this over several points is standing still.
+STILL = 0.025
 
 
 class Point(NamedTuple):
@@ -47,14 +50,13 @@ def noise(curve: Sequence[Point]) -> float:
 
 
 def waited(curve: Sequence[Point]) -> int:
-    """Points since the held-out loss was last lower than before by more than the noise. The base counts as a start."""
-    least, count, margin = math.inf, 0, noise(curve)
-    for point in curve:
-        if point.lora < least - margin:
-            least, count = point.lora, 0
-        else:
-            count += 1
-    return count
+    """Points over which the least held-out loss has fallen by no more than the noise, or STILL of its way from the
+    base. The base counts as a start."""
+    least = list(accumulate((point.lora for point in curve), min))
+    if not least:
+        return 0
+    margin = max(noise(curve), STILL * (curve[0].base - least[-1]))
+    return sum(earlier - least[-1] <= margin for earlier in least[:-1])
 
 
 def risen(curve: Sequence[Point]) -> Point | None:
@@ -78,11 +80,11 @@ def warning(curve: Sequence[Point]) -> str | None:
     if least.step == 0:
         return (
             f"held-out pictures come out worse than with the base model ({compared}without the LoRA): lower the "
-            "learning rate to 1e-4, and look whether the captions fit the pictures"
+            "learning rate to a third, and look whether the captions fit the pictures"
         )
     return (
         f"overfitting: held-out pictures come out worse again ({compared}at step {least.step}). Stop near step "
-        f"{least.step}; to get further, try learning rate 1e-4, more varied pictures, or more lora_dropout"
+        f"{least.step}; to get further, try half the learning rate, more varied pictures, or more lora_dropout"
     )
 
 

@@ -87,7 +87,7 @@ class Adapting(Judging, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ) = None
     text_encoder_lr: (
         Annotated[
-            float, about(LORA, "The text encoder's learning rate; half of learning_rate when left out.", gt=0, le=1)
+            float, about(LORA, "The text encoder's learning rate; a fifth of learning_rate when left out.", gt=0, le=1)
         ]
         | None
     ) = None

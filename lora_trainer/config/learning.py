@@ -52,10 +52,18 @@ class Learning(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     weight_decay: Annotated[
         float, about(OPTIMIZER, "The optimizer's pull towards zero; a custom one has its own.", ge=0, le=1)
     ] = 0.01
-    ema_decay: Annotated[
-        float,
-        about(OPTIMIZER, "Save the average over steps: 0.99 forgets after about 100; 0: the last step.", ge=0, lt=1),
-    ] = 0.0
+    ema_decay: (
+        Annotated[
+            float,
+            about(
+                OPTIMIZER,
+                "Save the average over steps: 0.99 forgets after about 100; 0: the last step. 0.97 when left out.",
+                ge=0,
+                lt=1,
+            ),
+        ]
+        | None
+    ) = None
     max_grad_norm: Annotated[
         float, about(OPTIMIZER, "Longer gradients are shortened to this; 0 switches it off.", ge=0)
     ] = 1.0

@@ -184,7 +184,7 @@ class Config(Adapting, frozen=True, kw_only=True, forbid_unknown_fields=True):
     max_train_steps: (
         Annotated[int, _about(TRAINING, "Stop after this many steps, whatever epochs says.", ge=1)] | None
     ) = None
-    learning_rate: Annotated[float, _about(TRAINING, "Size of a step. 1e-4 when it overfits.", gt=0, le=1)] = 2e-4
+    learning_rate: Annotated[float, _about(TRAINING, "Size of a step. 2e-4 when it overfits.", gt=0, le=1)] = 5e-4
     gradient_checkpointing: Annotated[
         bool, _about(TRAINING, "Save memory by computing activations twice; about a third slower.")
     ] = False

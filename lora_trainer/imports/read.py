@@ -46,6 +46,9 @@ def read_file(path: Path) -> tuple[str, Taken]:
     _settle(taken)
     if not taken.settings:
         raise ConfigError([f"{path}: expected settings that have a counterpart here, found none"])
+    if "learning_rate" in taken.settings:
+        # A whole run, which no other trainer saves the average of.
+        taken.settings.setdefault("ema_decay", 0.0)
     return found.NAME, taken
 
 

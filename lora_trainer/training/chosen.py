@@ -65,12 +65,12 @@ def alpha_of(config: Config) -> float:
 
 
 def learning_rate_of(config: Config, network: str) -> float:
-    """A text encoder's is by default half of the UNet's, or the same where the optimizer knows only one."""
+    """A text encoder's is by default a fifth of the UNet's, or the same where the optimizer knows only one."""
     if network == "unet":
         return config.learning_rate
     if network == "text_encoder_2" and config.text_encoder_2_lr is not None:
         return config.text_encoder_2_lr
-    share = 1.0 if config.optimizer in ONE_RATE else 0.5
+    share = 1.0 if config.optimizer in ONE_RATE else 0.2
     return config.learning_rate * share if config.text_encoder_lr is None else config.text_encoder_lr
 
 

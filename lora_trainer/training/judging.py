@@ -23,7 +23,7 @@ from lora_trainer.training.validation import Validator
 
 # Of a run's time, for measurements whose number is ours to choose; but there are at least, and at most, so many.
 SHARE = 0.05
-LEAST, MOST = 10, 25
+LEAST, MOST = 20, 25
 # Forward passes that take as long as a picture's training step.
 PASSES = 3
 # Held-out pairs for each training pair: the run is judged by the held-out ones, the others only stand beside them.
@@ -126,8 +126,8 @@ class Validation:
         if self.over():
             self.sink(
                 Notice(
-                    text=f"early stopping: no lower held-out loss in {waited(self.curve)} measurements, so step "
-                    f"{point.step} is the last one"
+                    text=f"early stopping: the held-out loss stood still over {waited(self.curve)} measurements, so "
+                    f"step {point.step} is the last one"
                 )
             )
 

@@ -61,15 +61,23 @@ REGISTRY = {
 
 
 def optimizer_of(config: Config, trainables: Trainables, scales: Mapping[str, float] | None = None) -> Optimizer:
-    """What `config` asks for, with its average where there is an ema_decay. `scales`: of each module, for
-    scale_weight_norms. Raises ConfigError."""
+    """What `config` asks for, with the average of the weights. `scales`: of each module, for scale_weight_norms.
+    Raises ConfigError."""
     if config.optimizer == "adamw":
         optimizer: Optimizer = FlatAdamW(trainables, AdamWSettings(weight_decay=config.weight_decay))
     else:
         optimizer = Library(config, trainables)
     if config.scale_weight_norms and scales:
         optimizer = WithinNorm(optimizer, products_of(trainables.slots, scales), config.scale_weight_norms)
-    return Averaged(optimizer, trainables.masters, config.ema_decay) if config.ema_decay else optimizer
+    decay = ema_decay_of(config)
+    return Averaged(optimizer, trainables.masters, decay) if decay else optimizer
+
+
+def ema_decay_of(config: Config) -> float:
+    """ema_decay, by default 0.97 (docs/defaults.md), or 0 where the optimizer averages by itself."""
+    if config.ema_decay is not None:
+        return config.ema_decay
+    return 0.0 if config.optimizer in SCHEDULE_FREE else 0.97
 
 
 def optimizer_class(config: Config) -> type | None:

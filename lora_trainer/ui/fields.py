@@ -115,7 +115,7 @@ _HELP = {
 
 _AUTOMATIC = (
     *("output_name", "resolution", "lora_alpha", "conv_alpha"),
-    *("text_encoder_rank", "text_encoder_alpha"),
+    *("text_encoder_rank", "text_encoder_alpha", "text_encoder_lr", "text_encoder_2_lr", "ema_decay"),
 )
 _PLACEHOLDERS = {
     "train_data_dir": "/path/to/my pictures",

@@ -356,6 +356,7 @@ def test_kohyas_alpha_of_1_is_said(tmp_path):
     settings, _, remarks = taken(tmp_path, "x.toml", "train_data_dir = 'a'\nnetwork_dim = 8\nlearning_rate = 1e-4\n")
     assert (settings["lora_alpha"], settings["max_train_steps"], settings["text_encoder_lr"]) == (1, 1600, 1e-4)
     assert any("alpha / rank = 1 / 8 = 0.125" in remark for remark in remarks)
+    assert settings["ema_decay"] == 0
     settings, _, _ = taken(tmp_path, "x.json", '{"train_data_dir": "a", "network_dim": 8, "network_alpha": 0}')
     assert settings["lora_alpha"] == 8
     settings, left, _ = taken(tmp_path, "x.json", '{"train_data_dir": "a", "network_dim": 8, "network_alpha": null}')

@@ -152,7 +152,7 @@ def test_early_stopping_ends_a_run_as_done(settings, losses):
     assert (finished.state, finished.steps, finished.best_step) == ("done", 8, 4)
     assert of(events, StepDone)[-1].step == 8
     (told,) = [event.text for event in of(events, Notice) if "early stopping" in event.text]
-    assert "no lower held-out loss in 2 measurements" in told
+    assert "stood still over 2 measurements" in told
     assert [event.step for event in of(events, Validated)] == [0, 2, 4, 6, 8]
     # With more patience the same run gets further.
     events, _ = train(settings, **MEASURED, early_stopping_patience=3)

@@ -15,9 +15,9 @@ from lora_trainer.errors import ConfigError
 from lora_trainer.events import StepDone, Validated
 from lora_trainer.models.noise import NoiseSchedule, scaled_linear
 from lora_trainer.training import objectives, randomness
+from lora_trainer.training.described import objective_settings
 from lora_trainer.training.noising import Noising, cubic, logit_normal, multires_noise, offset_noise
 from lora_trainer.training.objectives import objective_of, training_noise
-from lora_trainer.training.described import objective_settings
 from tests.unit.test_run import of, train, weights
 
 NEEDED = {"train_data_dir": "d", "base_model": "m"}
