@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,8 +13,8 @@ from diffusers import DDIMScheduler
 from PIL import Image
 from torch import Tensor
 
-from lora_trainer.adapters.inject import Adapter, inject_factors, joined
-from lora_trainer.adapters.load import match, read_lora
+from lora_trainer.adapters.inject import Adapter, inject_factors, strengthened
+from lora_trainer.adapters.load import match, read_adapter
 from lora_trainer.adapters.parts import layer_name, parts_of
 from lora_trainer.errors import ModelError
 from lora_trainer.models.latents import decode, latent_shape, to_image
@@ -102,9 +103,20 @@ def _betas(alphas_cumprod: Tensor) -> list[float]:
     return (1 - alphas_cumprod / before).tolist()
 
 
-def apply_lora(model: Model, path: Path) -> Adapter:
+@dataclass(frozen=True)
+class Applied:
+    """What a file put on a model."""
+
+    adapters: tuple[Adapter, ...]
+
+    def weight(self, value: float) -> AbstractContextManager[None]:
+        """All of it at `value` times its strength; at 0 the model is exactly the base."""
+        return strengthened(self.adapters, value)
+
+
+def apply_lora(model: Model, path: Path) -> Applied:
     """Put the LoRA of `path` on `model`'s UNet and text encoders. Raises ModelError when it does not fit."""
-    lora = read_lora(path)
+    lora = read_adapter(path)
     adapters: list[Adapter] = []
     parts = parts_of(model)
     strange = [name for name in lora.factors if not name.startswith(tuple(f"{p.prefix}_" for p in parts.values()))]
@@ -121,7 +133,7 @@ def apply_lora(model: Model, path: Path) -> Adapter:
                 f"{name.replace('_', ' ').replace('unet', 'UNet')} of {model.facts.name}, for example {unmatched[0]}"
             )
         if matched:
-            adapters.append(inject_factors(part.module, matched).called(partial(layer_name, name)))
+            adapters += [one.called(partial(layer_name, name)) for one in inject_factors(part.module, matched)]
     if not adapters:
         raise ModelError(f"{path}: made for another base model: none of its modules has a place in {model.facts.name}")
-    return joined(adapters)
+    return Applied(tuple(adapters))

@@ -7,14 +7,14 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
 from lora_trainer.adapters.hashes import model_hash
-from lora_trainer.adapters.load import Lora, read_lora
-from lora_trainer.adapters.naming import Factors
+from lora_trainer.adapters.load import Lora, read_adapter
+from lora_trainer.adapters.naming import Factors, Weights
 from lora_trainer.errors import printable
 
 _BLOCK = re.compile(
@@ -42,10 +42,11 @@ _FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "S
 
 @dataclass(frozen=True)
 class Report:
-    """Plain facts about a file. `norms`: Frobenius norm of (alpha / r) up · down over each block; None where it is
-    not finite."""
+    """Plain facts about a file. `norms`: Frobenius norm of what is added to the weights of each block, of DoRA before
+    it is normalised; None where it is not finite."""
 
     file: str
+    kind: str
     size: int
     family: str
     precision: str
@@ -61,7 +62,7 @@ class Report:
         parts = ", ".join(f"{count} in {part}" for part, count in self.modules.items())
         hashes = {True: "matches the data", False: "DOES NOT match the data", None: "not in the file"}
         lines = [
-            f"{self.file}: LoRA for {self.family}, {self.size / 1e6:.1f} MB, {self.precision}",
+            f"{self.file}: {self.kind} for {self.family}, {self.size / 1e6:.1f} MB, {self.precision}",
             f"modules: {parts}",
             f"rank: {_counts(self.ranks)}; alpha: {_counts(self.alphas)}",
             f"sshs_model_hash: {hashes[self.hash_matches]}",
@@ -81,11 +82,12 @@ class Report:
 
 def describe(path: Path) -> Report:
     """Read and measure a LoRA file. Raises ModelError."""
-    lora = read_lora(path)
+    lora = read_adapter(path)
     data = path.read_bytes()
     said = lora.metadata.get("sshs_model_hash")
     return Report(
         file=path.name,
+        kind=" and ".join(sorted({f.kind for f in lora.factors.values()})),
         size=len(data),
         family=_family(lora),
         precision=lora.precision,
@@ -103,7 +105,7 @@ def _family(lora: Lora) -> str:
     said = lora.metadata.get("modelspec.architecture") or lora.metadata.get("ss_base_model_version")
     if said:
         return said
-    widths = {f.down.shape[1] for name, f in lora.factors.items() if name.endswith("_attn2_to_k")}
+    widths = {f.sizes[1] for name, f in lora.factors.items() if name.endswith("_attn2_to_k")}
     family = _FAMILIES.get(widths.pop()) if len(widths) == 1 else None
     return f"{family} (by its sizes)" if family else "an unnamed base model"
 
@@ -117,7 +119,7 @@ def _block(name: str) -> tuple[str, str]:
     return part, f"{found[1]} {found[2] or 'outer'}"
 
 
-def _norms(factors: Mapping[str, Factors]) -> dict[str, float | None]:
+def _norms(factors: Mapping[str, Weights]) -> dict[str, float | None]:
     squares: dict[str, float] = {}
     for name, f in factors.items():
         block = _block(name)[1]
@@ -134,7 +136,15 @@ def _natural(name: str) -> list[tuple[bool, int, str]]:
     return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", name)]
 
 
-def _norm(f: Factors) -> float:
+def _norm(f: Weights) -> float:
+    if not isinstance(f, Factors):
+        exact = {key: t.double() for key, t in vars(f).items() if isinstance(t, torch.Tensor)}
+        norm = replace(f, **exact).delta(torch.empty(f.sizes, device="meta")).norm().item()
+        return norm if math.isfinite(norm) else math.nan
+    return _product_norm(f)
+
+
+def _product_norm(f: Factors) -> float:
     """‖(alpha / r) B A‖ = (alpha / r) sqrt(tr(AAᵀ BᵀB)), without forming BA where that is larger."""
     a, b = f.down.double().flatten(1), f.up.double().flatten(1)
     if f.rank * f.rank <= len(b) * a.shape[1]:
@@ -144,9 +154,10 @@ def _norm(f: Factors) -> float:
     return f.alpha / f.rank * math.sqrt(product.item()) if torch.isfinite(product) else math.nan
 
 
-def _warnings(factors: Mapping[str, Factors]) -> list[str]:
+def _warnings(factors: Mapping[str, Weights]) -> list[str]:
     # In float32, since some versions of torch lack these tests for 8-bit floats.
-    parts = {name: (f.down.float(), f.up.float(), torch.tensor(f.alpha)) for name, f in factors.items()}
+    parts = {name: ([t.float() for t in f.parts().values()], torch.tensor(f.alpha)) for name, f in factors.items()}
+    parts = {name: (*tensors, alpha) for name, (tensors, alpha) in parts.items()}
     broken = [name for name, tensors in parts.items() if not all(t.isfinite().all() for t in tensors)]
     zero = [name for name, tensors in parts.items() if not all(t.any() for t in tensors)]
     found = []

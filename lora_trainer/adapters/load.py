@@ -1,4 +1,4 @@
-"""Reading LoRA files, kohya's and diffusers'."""
+"""Reading files of adapters: kohya's and diffusers' LoRAs, and LyCORIS'."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from lora_trainer.adapters.naming import TEXT_PREFIX, UNET_PREFIX, Factors, kohya_name
+from lora_trainer.adapters.naming import TEXT_PREFIX, UNET_PREFIX, Weights, kohya_name
+from lora_trainer.adapters.parsing import weights_of
 from lora_trainer.errors import ModelError, shown
 from lora_trainer.models.checkpoint import read_header, stored_tensors
 
-_KOHYA = re.compile(r"(?P<name>lora_[a-z0-9]+_.+)\.(?P<part>lora_(?:down|up|A|B)\.weight|alpha)")
+_KOHYA = re.compile(
+    r"(?P<name>lora_[a-z0-9]+_.+)\."
+    r"(?P<part>lora_(?:down|up|A|B)\.weight|alpha|dora_scale|hada_w[12]_[ab]|lokr_w[12](?:_[ab])?)"
+)
 # Older diffusers says lora.down, and lora_linear_layer.down in the text encoder.
 _DIFFUSERS = re.compile(
     r"(?P<network>unet|text_encoder|text_encoder_2)\.(?P<name>.+)\."
@@ -26,7 +30,6 @@ _PARTS = {
     "lora_up.weight": "up",
     "lora_A.weight": "down",
     "lora_B.weight": "up",
-    "alpha": "alpha",
 }
 
 # No number beyond this is an alpha; JSON may hold whole numbers that no float can.
@@ -38,13 +41,22 @@ class Lora:
     """A file's modules by kohya's name (`lora_unet_…`), and its metadata."""
 
     path: Path
-    factors: dict[str, Factors]
+    factors: dict[str, Weights]
     metadata: dict[str, str]
     precision: str
 
 
 def read_lora(path: Path) -> Lora:
-    """The LoRA in a .safetensors file. Raises ModelError."""
+    """The plain LoRA in a .safetensors file: all its `factors` are Factors without a dora_scale. Raises ModelError."""
+    lora = read_adapter(path)
+    for name, f in lora.factors.items():
+        if f.kind != "LoRA":
+            raise ModelError(f"{path}: expected a LoRA, found {f.kind} at {name}")
+    return lora
+
+
+def read_adapter(path: Path) -> Lora:
+    """The LoRA, DoRA, LoHa or LoKr in a .safetensors file. Raises ModelError."""
     header = read_header(path)
     keys = [key for key in header if key != "__metadata__"]
     prefixes = _prefixes(keys)
@@ -62,14 +74,14 @@ def read_lora(path: Path) -> Lora:
         modules.setdefault(name, {})[part] = tensors[key]
     metadata = dict(header.get("__metadata__", {}))
     alphas = _configured_alphas(path, metadata, {key: header[key]["shape"] for key in keys})
-    factors = {name: _factors(path, name, parts, alphas.get(name)) for name, parts in modules.items()}
-    precision = next(header[key]["dtype"] for key in keys if not key.endswith("alpha"))
+    factors = {name: weights_of(path, name, parts, alphas.get(name)) for name, parts in modules.items()}
+    precision = next(header[key]["dtype"] for key in keys if not key.endswith(("alpha", "dora_scale")))
     return Lora(path, factors, metadata, precision)
 
 
 def match(
     lora: Lora, model: nn.Module, prefix: str = UNET_PREFIX, *, named: Callable[[str], str] = str
-) -> tuple[dict[str, Factors], list[str]]:
+) -> tuple[dict[str, Weights], list[str]]:
     """(factors by module name in the model's order, names under `prefix` that the model does not have). A file may call
     modules as the model does, or as `named` does.
 
@@ -85,10 +97,16 @@ def match(
     for name in wanted.keys() & modules.keys():
         weight, f = modules[name][1], wanted[name]
         # A 1×1 convolution's factors may come as a linear layer's, and the other way round.
-        if (f.up.shape[0], f.down[0].numel()) != (weight.shape[0], weight[0].numel()):
+        (outputs, inputs), scale = f.sizes, f.parts().get("dora_scale")
+        if (outputs, inputs) != (weight.shape[0], weight[0].numel()):
             raise ModelError(
-                f"{lora.path}: made for another base model: {name} maps {f.down[0].numel()} to {f.up.shape[0]}, "
+                f"{lora.path}: made for another base model: {name} maps {inputs} to {outputs}, "
                 f"the model's own {weight[0].numel()} to {weight.shape[0]}"
+            )
+        if scale is not None and scale.numel() != weight.shape[1]:
+            raise ModelError(
+                f"{lora.path}: {name}.dora_scale has {scale.numel()} numbers; expected {weight.shape[1]}, one for each "
+                "input: it scales the outputs, as the WebUI does not"
             )
     matched = {module: wanted[name] for name, (module, _) in modules.items() if name in wanted}
     return matched, [name for name in wanted if name not in modules]
@@ -102,9 +120,9 @@ def _prefixes(keys: Iterable[str]) -> dict[str, str]:
 
 
 def _place(key: str, prefixes: Mapping[str, str]) -> tuple[str, str] | None:
-    """(kohya's module name, down | up | alpha) of a tensor; None for other kinds of adapter."""
+    """(kohya's module name, down | up | the part's own name) of a tensor; None for other kinds of adapter."""
     if found := _KOHYA.fullmatch(key):
-        return found["name"], _PARTS[found["part"]]
+        return found["name"], _PARTS.get(found["part"], found["part"])
     if found := _DIFFUSERS.fullmatch(key):
         part = "down" if found["part"].endswith(("A", "down")) else "up"
         return kohya_name(prefixes[found["network"]], found["name"]), part
@@ -156,23 +174,3 @@ def _peft_config(path: Path, text: str) -> dict[str, object]:
     if not isinstance(config, dict):
         raise ModelError(f"{path}: its lora_adapter_metadata is a JSON {type(config).__name__}; expected an object")
     return config
-
-
-def _factors(path: Path, name: str, parts: Mapping[str, Tensor], alpha: float | None) -> Factors:
-    if "down" not in parts or "up" not in parts:
-        missing = "lora_down" if "up" in parts else "lora_up"
-        raise ModelError(f"{path}: {name} lacks its {missing}")
-    down, up = parts["down"], parts["up"]
-    if down.dim() not in (2, 4) or up.dim() not in (2, 4) or math.prod(up.shape[2:]) != 1:
-        raise ModelError(
-            f"{path}: {name} has shapes {list(down.shape)} and {list(up.shape)}; "
-            "expected [r, in] or [r, in, h, w], and [out, r] or [out, r, 1, 1]"
-        )
-    if down.shape[0] != up.shape[1] or down.shape[0] == 0:
-        raise ModelError(f"{path}: {name} has ranks {down.shape[0]} and {up.shape[1]}; expected equal ones")
-    if "alpha" in parts:
-        if parts["alpha"].numel() != 1:
-            raise ModelError(f"{path}: {name}.alpha has {parts['alpha'].numel()} numbers; expected one")
-        alpha = parts["alpha"].item()
-    # Without an alpha the scale is 1, as every loader has it.
-    return Factors(down, up, float(down.shape[0] if alpha is None else alpha))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,20 +13,78 @@ UNET_PREFIX = "lora_unet"
 TEXT_PREFIX = "lora_te"
 
 
+class Weights(Protocol):
+    """One module's adapter, as a file holds it."""
+
+    @property
+    def alpha(self) -> float: ...
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def kind(self) -> str:
+        """What it is called: LoRA, LoHa, …"""
+        ...
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """(outputs, inputs of each) of the module: the numbers of a convolution's kernel count as inputs."""
+        ...
+
+    def parts(self) -> dict[str, Tensor]:
+        """The tensors by what files call them, without the alpha."""
+        ...
+
+    def delta(self, weight: Tensor) -> Tensor:
+        """What is added to the module's `weight`, in its shape and the tensors' dtype, with gradients."""
+        ...
+
+
 @dataclass(frozen=True)
 class Factors:
     """One module's LoRA: W + (alpha / r) up · down.
 
-    down: [r, in] or [r, in, kh, kw]; up: [out, r] or [out, r, 1, 1].
+    down: [r, in] or [r, in, kh, kw]; up: [out, r] or [out, r, 1, 1]. With a dora_scale m, [1, in] or [1, in, 1, 1], it
+    is DoRA (Liu et al. 2024, arXiv:2402.09353): each input channel of the sum is brought to the norm m. The paper
+    normalises the weight's columns, as all hosts do for a scale of this shape; PEFT's own DoRA does its rows.
     """
 
     down: Tensor
     up: Tensor
     alpha: float
+    dora_scale: Tensor | None = None
 
     @property
     def rank(self) -> int:
         return self.down.shape[0]
+
+    @property
+    def kind(self) -> str:
+        return "LoRA" if self.dora_scale is None else "DoRA"
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        return self.up.shape[0], self.down[0].numel()
+
+    def parts(self) -> dict[str, Tensor]:
+        scale = {} if self.dora_scale is None else {"dora_scale": self.dora_scale}
+        return {"lora_down.weight": self.down, "lora_up.weight": self.up, **scale}
+
+    def delta(self, weight: Tensor) -> Tensor:
+        product = (self.up.flatten(1) @ self.down.flatten(1) * (self.alpha / self.rank)).view(weight.shape)
+        if self.dora_scale is None:
+            return product
+        return (weight + product) * self.channels(weight + product) - weight
+
+    def channels(self, merged: Tensor) -> Tensor:
+        """By what DoRA multiplies the input channels of W + (alpha / r) up · down, [1, in] or [1, in, 1, 1]."""
+        return self.dora_scale.view(1, -1, *[1] * (merged.dim() - 2)) / column_norms(merged)
+
+
+def column_norms(weight: Tensor) -> Tensor:
+    """‖W‖ of each input channel: [1, in], or [1, in, 1, 1] of a convolution."""
+    return weight.transpose(0, 1).flatten(1).norm(dim=1).view(1, -1, *[1] * (weight.dim() - 2))
 
 
 def kohya_name(prefix: str, module_name: str) -> str:
@@ -40,13 +99,13 @@ def text_name(module_name: str) -> str:
     return module_name if module_name.startswith("text_model.") else f"text_model.{module_name}"
 
 
-def to_kohya(prefix: str, factors: Mapping[str, Factors]) -> dict[str, Tensor]:
-    """The tensors of `factors` (by module name) under kohya's names, each module with its true alpha."""
+def to_kohya(prefix: str, factors: Mapping[str, Weights]) -> dict[str, Tensor]:
+    """The tensors of `factors` (by module name) under kohya's names, each module with its true alpha. LyCORIS names its
+    own alike (github.com/KohakuBlueleaf/LyCORIS)."""
     tensors: dict[str, Tensor] = {}
     for module_name, f in factors.items():
         name = kohya_name(prefix, module_name)
-        tensors[f"{name}.lora_down.weight"] = f.down
-        tensors[f"{name}.lora_up.weight"] = f.up
+        tensors |= {f"{name}.{part}": tensor for part, tensor in f.parts().items()}
         tensors[f"{name}.alpha"] = torch.tensor(f.alpha, dtype=torch.float32)
     return tensors
 

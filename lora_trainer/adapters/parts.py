@@ -10,7 +10,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from lora_trainer.adapters.naming import UNET_PREFIX, Factors, to_kohya
+from lora_trainer.adapters.naming import UNET_PREFIX, Factors, Weights, to_kohya
 from lora_trainer.models.model import Model
 from lora_trainer.models.unet_names import to_ldm
 
@@ -29,7 +29,7 @@ class Part:
     named: Callable[[str], str] = str
     packed: bool = False
 
-    def to_kohya(self, factors: Mapping[str, Factors]) -> dict[str, Tensor]:
+    def to_kohya(self, factors: Mapping[str, Weights]) -> dict[str, Tensor]:
         """The tensors of `factors` (by module name) as the WebUI reads them."""
         whole = whole_attention(factors) if self.packed else factors
         return to_kohya(self.prefix, {self.named(name): f for name, f in whole.items()})
@@ -55,14 +55,14 @@ def layer_name(network: str, module_name: str) -> str:
     return f"{network}.{module_name}" if network == "text_encoder_2" else module_name
 
 
-def whole_attention(factors: Mapping[str, Factors]) -> dict[str, Factors]:
+def whole_attention(factors: Mapping[str, Weights]) -> dict[str, Weights]:
     """`factors` with LoRAs of zeros for those of q, k, v and out that are missing beside others: the WebUI ignores a
     partial set of a packed attention without a word."""
-    whole = dict(factors)
+    whole: dict[str, Weights] = dict(factors)
     for name, f in factors.items():
         attention, _, projection = name.rpartition(".")
         if projection in _ATTENTION:
-            width = f.down.shape[1]
+            width = f.sizes[1]
             nothing = Factors(torch.zeros(1, width), torch.zeros(width, 1), 1.0)
             whole |= {f"{attention}.{p}": nothing for p in _ATTENTION if f"{attention}.{p}" not in whole}
     return whole

@@ -3,7 +3,7 @@ has them."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -16,6 +16,10 @@ LORA = "LoRA"
 class Adapting(Judging, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Part of `schema.Config`."""
 
+    adapter: Annotated[
+        Literal["lora", "dora", "loha", "lokr"],
+        about(LORA, "What is trained: a LoRA, one whose strength is learned apart (DoRA), or LyCORIS' LoHa or LoKr."),
+    ] = "lora"
     lora_rank: Annotated[
         int, about(LORA, "How much the LoRA can hold, and its file size. 4 to 16 for a style.", ge=1, le=1024)
     ] = 8
@@ -55,6 +59,10 @@ class Adapting(Judging, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ) = None
     conv_alpha: (
         Annotated[float, about(LORA, "Alpha of the convolutions; as strong as the rest when left out.", gt=0)] | None
+    ) = None
+    lokr_factor: (
+        Annotated[int, about(LORA, "Size of LoKr's small factor; near the square root when left out.", ge=2, le=1024)]
+        | None
     ) = None
     block_ranks: Annotated[
         list[str],

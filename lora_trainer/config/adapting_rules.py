@@ -66,4 +66,16 @@ def _one_rate(config: Adapting, key: str, found: str) -> str:
     return f"{key}: expected that of learning_rate, since {config.optimizer} knows one for all, found {found}"
 
 
-RULES = (_networks, _alphas, _blocks, _rates)
+def _kinds(config: Adapting) -> Iterator[str]:
+    kind = config.adapter
+    if kind in ("loha", "lokr") and config.loraplus_lr_ratio != 1:
+        yield f"loraplus_lr_ratio: expected 1, since {kind} has no up and down matrices"
+    if kind != "lora" and config.scale_weight_norms:
+        yield f"scale_weight_norms: expected adapter lora beside it, found {kind}"
+    if kind != "lora" and getattr(config, "output_format", "webui") != "webui":
+        yield f"output_format: expected webui, since diffusers reads no {kind} as it is trained here"
+    if config.lokr_factor and kind != "lokr":
+        yield f"lokr_factor: expected adapter lokr beside it, found {kind}"
+
+
+RULES = (_kinds, _networks, _alphas, _blocks, _rates)

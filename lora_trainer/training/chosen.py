@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from diffusers import UNet2DConditionModel
@@ -74,6 +74,15 @@ def learning_rate_of(config: Config, network: str) -> float:
     return config.learning_rate * share if config.text_encoder_lr is None else config.text_encoder_lr
 
 
+def adapter_notices(config: Config) -> Iterator[str]:
+    """What a kind of adapter does not do."""
+    if config.adapter in ("loha", "lokr") and config.lora_dropout:
+        yield (
+            f"lora_dropout: {config.adapter} has no inner values to leave out, {config.lora_dropout:g} does nothing; "
+            "rank_dropout and module_dropout work"
+        )
+
+
 def usual_size(config: Config) -> Size:
     """Of a module of which nothing else is said."""
     return _size(config, config.lora_rank, None)
@@ -88,8 +97,9 @@ def _size(config: Config, rank: int, alpha: float | None) -> Size:
     """The alpha of a file, which loaders divide by the rank. Rank-stabilised LoRA (Kalajdzievski 2023,
     arXiv:2312.03732) divides by its root instead."""
     if config.rank_stabilized:
-        return Size(rank, (alpha_of(config) if alpha is None else alpha) * math.sqrt(rank))
-    return Size(rank, alpha_of(config) * (rank / config.lora_rank) if alpha is None else alpha)
+        return Size(rank, (alpha_of(config) if alpha is None else alpha) * math.sqrt(rank), factor=config.lokr_factor)
+    alpha = alpha_of(config) * (rank / config.lora_rank) if alpha is None else alpha
+    return Size(rank, alpha, factor=config.lokr_factor)
 
 
 def _filtered(config: Config, names: Sequence[str], network: str) -> tuple[str, ...]:

@@ -7,6 +7,9 @@ import json
 from lora_trainer.config import Config
 from lora_trainer.training.chosen import conv_size, learning_rate_of, usual_size
 
+# What LyCORIS calls them.
+LYCORIS = {"dora": "lora", "loha": "loha", "lokr": "lokr"}
+
 
 def kohya_settings(config: Config) -> dict[str, object]:
     """Our settings under the names that kohya's trainer writes after `ss_`."""
@@ -24,7 +27,7 @@ def kohya_settings(config: Config) -> dict[str, object]:
         "lr_warmup_steps": config.lr_warmup_steps,
         "optimizer": optimizer_name(config),
         "max_grad_norm": config.max_grad_norm,
-        "network_module": "networks.lora",
+        "network_module": "networks.lora" if config.adapter == "lora" else "lycoris.kohya",
         "network_dim": config.lora_rank,
         "network_alpha": f"{usual_size(config).alpha:g}",
         "network_dropout": config.lora_dropout,
@@ -51,7 +54,11 @@ def kohya_settings(config: Config) -> dict[str, object]:
 
 def adapter_settings(config: Config) -> dict[str, object]:
     """What makes a LoRA no ordinary one, in the form of kohya's network_args; nothing for an ordinary one."""
+    lycoris = config.adapter != "lora"
     asked = {
+        "algo": LYCORIS[config.adapter] if lycoris else None,
+        "dora_wd": config.adapter == "dora",
+        "factor": config.lokr_factor,
         "conv_dim": config.conv_rank,
         "conv_alpha": config.conv_rank and f"{conv_size(config).alpha:g}",
         "rank_dropout": config.rank_dropout,

@@ -11,10 +11,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
+from lora_trainer.adapters.layers import Change
 from lora_trainer.kernels.site import Draw
 from lora_trainer.training.randomness import keep_mask
 
@@ -59,7 +61,7 @@ class _Masks:
         batch, rank = len(self.keys), self.ranks[name]
         if not self.shares.whole:
             return self._entries(name).reshape(batch, rows, rank)
-        whole = self._whole(name)
+        whole = self.whole(name)
         return self._entries(name).reshape(batch, rows, rank) * whole if self.shares.entries else whole
 
     def _entries(self, name: str) -> Tensor:
@@ -69,7 +71,7 @@ class _Masks:
             self._parts = dict(zip(self.sizes, parts, strict=True))
         return self._parts[name]
 
-    def _whole(self, name: str) -> Tensor:
+    def whole(self, name: str) -> Tensor:
         """[B, 1, r]."""
         if not self._wholes:
             shares, counts = self.shares, list(self.ranks.values())
@@ -92,12 +94,22 @@ class LoraDropout:
     """Inactive until `masks` is entered. A module's entries are in the order (row or pixel, rank).
 
     `downs`: module name to its down projection, whose output [B, …, r] or [B, r, h, w], of `dtype`, is masked by a
-    forward hook wherever the projection itself is called; fused products ask for their `draw` instead.
+    forward hook wherever the projection itself is called; fused products ask for their `draw` instead. Of `changes`,
+    which have no such product, outputs are left out in place of ranks, as in LyCORIS.
     """
 
-    def __init__(self, downs: Mapping[str, nn.Module], shares: Shares, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        downs: Mapping[str, nn.Module],
+        shares: Shares,
+        dtype: torch.dtype = torch.float32,
+        changes: Mapping[str, Change] = MappingProxyType({}),
+    ) -> None:
         self.shares, self.dtype = shares, dtype
         self._ranks = {name: layer.weight.shape[0] for name, layer in downs.items()}
+        for name, change in changes.items() if shares.whole else ():
+            self._ranks[name] = change.layer.get_base_layer().weight.shape[0]
+            change.keep = partial(self.kept, name)
         self._sizes: dict[tuple, dict[str, int]] = {}
         self._recording: tuple[Tensor, dict[str, int]] | None = None
         self._masks: _Masks | None = None
@@ -151,6 +163,10 @@ class LoraDropout:
             return masks.of(name, per_sample).expand(-1, per_sample, -1).reshape(rows, rank)
 
         return Draw(masks.keys, offset, self.shares.entries, mask)
+
+    def kept(self, name: str) -> Tensor | None:
+        """What of a module's outputs is kept, [B, 1, out]; None where nothing is left out."""
+        return None if self._masks is None else self._masks.whole(name)
 
     def remove(self) -> None:
         for handle in self._handles:

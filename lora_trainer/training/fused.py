@@ -16,10 +16,11 @@ from diffusers.models.attention import BasicTransformerBlock, FeedForward
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
-from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lora_trainer.adapters.layers import Change, Decomposed
 from lora_trainer.kernels.plain import PlainOps, like
 from lora_trainer.kernels.site import Site
 from lora_trainer.training.patching import patch
@@ -27,22 +28,29 @@ from lora_trainer.training.patching import patch
 
 @dataclass(frozen=True)
 class Fused:
-    """How the blocks compute: the operations, the dtype, the LoRA sites, and copies of weights in another layout."""
+    """How the blocks compute: the operations, the dtype, the LoRA sites, copies of weights in another layout, and what
+    computes adapters that are no plain LoRA."""
 
     ops: PlainOps
     dtype: torch.dtype
     sites: Mapping[nn.Module, Site]
     kernels: Mapping[nn.Module, Tensor] = field(default_factory=dict)
+    computed: Mapping[nn.Module, Change | Decomposed] = field(default_factory=dict)
 
     def linear(self, layer: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """A linear layer or 1×1 convolution on x [M, in], with its LoRA if it has one, plus `residual` [M, out]."""
         site = self.sites.get(layer)
-        base = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+        base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+        computed = None if base is layer or layer.disable_adapters else self.computed.get(layer)
         weight = like(base.weight, x).view(base.weight.shape[:2])
         bias = None if base.bias is None else like(base.bias, x)
+        if isinstance(computed, Decomposed):
+            x = computed.scaled(x)
         if site is not None and not layer.disable_adapters:
             return self.ops.lora_linear(x, weight, bias, site, residual)
         y = F.linear(x, weight, bias)
+        if isinstance(computed, Change):
+            y = y + computed.linear(x)
         return y if residual is None else y + residual
 
     def conv(self, conv: nn.Conv2d, x: Tensor, *, bias: bool = True) -> Tensor:
@@ -106,8 +114,8 @@ def resnet(fused: Fused, block: ResnetBlock2D, input_tensor: Tensor, temb: Tenso
     return fused.ops.add(y, block.conv2.bias, x)
 
 
-def lora_layer(fused: Fused, layer: LoraLayer, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-    """A LoRA linear that somebody else's forward calls, on [..., in]."""
+def lora_layer(fused: Fused, layer: BaseTunerLayer, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+    """A linear layer with a LoRA that somebody else's forward calls, on [..., in]."""
     flat = like(x, fused.sites[layer].down).reshape(-1, x.shape[-1]).contiguous()
     return fused.linear(layer, flat).view(*x.shape[:-1], -1)
 
@@ -158,8 +166,10 @@ def _tokens(x: Tensor) -> Tensor:
 
 
 def _is_linear(layer: nn.Module, fused: Fused) -> bool:
-    """A layer that `Fused.linear` computes: plain, or with a LoRA site."""
-    return layer in fused.sites if isinstance(layer, LoraLayer) else is_linear(layer)
+    """A layer that `Fused.linear` computes: plain, with a LoRA site, or with a change that is computed whole."""
+    if not isinstance(layer, BaseTunerLayer):
+        return is_linear(layer)
+    return layer in fused.sites or (isinstance(fused.computed.get(layer), Change) and is_linear(layer.get_base_layer()))
 
 
 def _is_resnet(block: ResnetBlock2D, fused: Fused) -> bool:

@@ -31,6 +31,8 @@ from lora_trainer.training.rescue import rescued
 from lora_trainer.training.segment import Segment, State
 
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+# The tensors of each kind of adapter that are zero before the first step.
+BEGIN_AT_ZERO = ("lora_up.weight", "lora_B.weight", "hada_w2_b", "lokr_w2", "lokr_w2_b")
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 
 
@@ -211,7 +213,7 @@ def refuse_nonsense(file: str, tensors: Mapping[str, Tensor]) -> None:
             f"{file}: not written: {len(broken)} of its {len(tensors)} tensors are not finite ({broken[0]}). Train "
             "again with a lower learning_rate, or with mixed_precision bf16 or no"
         )
-    ups = [tensor for name, tensor in tensors.items() if name.endswith(("lora_up.weight", "lora_B.weight"))]
+    ups = [tensor for name, tensor in tensors.items() if name.endswith(BEGIN_AT_ZERO)]
     if not any(up.any() for up in ups):
         raise OutputError(
             f"{file}: not written: nothing was learned, all of its {len(ups)} modules are still zero. Train longer, or "

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_trainer.adapters.inject import ADAPTER, Adapter, inject, without
-from lora_trainer.adapters.naming import Factors
+from lora_trainer.adapters.kinds import KINDS
+from lora_trainer.adapters.naming import Weights
 from lora_trainer.adapters.parts import layer_name
 from lora_trainer.config import Config
 from lora_trainer.events import Started
@@ -21,7 +22,14 @@ from lora_trainer.models.model import Model
 from lora_trainer.training import randomness
 from lora_trainer.training.capture import Captures
 from lora_trainer.training.checkpointing import checkpointed
-from lora_trainer.training.chosen import learning_rate_of, text_layer, text_sizes, unet_sizes, usual_size
+from lora_trainer.training.chosen import (
+    adapter_notices,
+    learning_rate_of,
+    text_layer,
+    text_sizes,
+    unet_sizes,
+    usual_size,
+)
 from lora_trainer.training.clip import StepClip
 from lora_trainer.training.dropout import LoraDropout, Shares
 from lora_trainer.training.fused import Fused, fuse, is_linear
@@ -66,7 +74,7 @@ class Segment:
     def modules(self) -> int:
         return sum(len(adapter.layers) for adapter in self.adapters.values())
 
-    def factors(self) -> dict[str, dict[str, Factors]]:
+    def factors(self) -> dict[str, dict[str, Weights]]:
         """What is learned, by network and module name."""
         return {
             part: {name.removeprefix(layer_name(part, "")): f for name, f in adapter.factors().items()}
@@ -148,7 +156,7 @@ class Segment:
     @property
     def notices(self) -> tuple[str, ...]:
         """What the user should know of how the steps run."""
-        return (*self.tier.notices, *optimizer_notices(self.config))
+        return (*self.tier.notices, *optimizer_notices(self.config), *adapter_notices(self.config))
 
     def make_room(self) -> None:
         """Before somebody else uses the GPU: what the captured step holds, where memory is short."""
@@ -168,15 +176,17 @@ def open_segment(
     precision, _ = resolve(config.mixed_precision, model.facts.device)
     adapters = injected(config, model)
     downs = {name: down for adapter in adapters.values() for name, down in adapter.downs().items()}
+    changes = {name: change for adapter in adapters.values() for name, change in adapter.changes().items()}
     shares = Shares(config.lora_dropout, config.rank_dropout, config.module_dropout)
-    dropout = LoraDropout(downs, shares, precision.compute)
+    dropout = LoraDropout(downs, shares, precision.compute, changes)
     with ExitStack() as stack:
         stack.callback(dropout.remove)
         trainables = trainables_of(config, adapters)
         tier = choose_tier(config, model, precision, choose)
         working = WorkingCopy(trainables, precision.compute, collects=tier.ops.collects)
         found = ChainMap(*(sites(adapter, working, dropout) for adapter in adapters.values()))
-        fused = Fused(tier.ops, precision.compute, found, tier.kernels)
+        computed = {each.layer: each for adapter in adapters.values() for each in adapter.computed.values()}
+        fused = Fused(tier.ops, precision.compute, found, tier.kernels, computed)
         stack.enter_context(fuse(model.unet, fused))
         checkpointing = (plan or Plan.of(config)).checkpointing
         if checkpointing:
@@ -196,19 +206,19 @@ def open_segment(
 
 
 def injected(config: Config, model: Model) -> dict[str, Adapter]:
-    """Fresh LoRAs in the views of the networks that `config` trains; module names are those of files."""
+    """Fresh adapters in the views of the networks that `config` trains; module names are those of files."""
 
     def start(name: str) -> torch.Generator:
         return randomness.generator(config.seed, f"init {name}")
 
-    adapters = {}
+    put, adapters = partial(inject, kind=KINDS[config.adapter]), {}
     if config.train_unet:
-        adapters["unet"] = inject(model.unet, unet_sizes(config, model.unet), generator=start)
+        adapters["unet"] = put(model.unet, unet_sizes(config, model.unet), generator=start)
     if config.train_text_encoder:
         for network, encoder in model.text.networks.items():
             called = partial(text_layer, network)
             sizes = text_sizes(config, encoder, network)
-            adapter = inject(encoder.inner, sizes, generator=lambda name, called=called: start(called(name)))
+            adapter = put(encoder.inner, sizes, generator=lambda name, called=called: start(called(name)))
             adapters[network] = adapter.called(called)
     return adapters
 
@@ -230,7 +240,7 @@ def sites(adapter: Adapter, working: WorkingCopy, dropout: LoraDropout) -> dict[
     slots = {slot.name: slot for slot in working.trainables.slots}
     found = {}
     for name, layer in adapter.layers.items():
-        if not is_linear(layer.get_base_layer()):
+        if not adapter.kind.is_lora or not is_linear(layer.get_base_layer()):
             continue
         down, up = slots[f"{name}.lora_A"], slots[f"{name}.lora_B"]
         found[layer] = Site(

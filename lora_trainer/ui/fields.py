@@ -37,6 +37,8 @@ _LABELS = {
     "keep_tokens": "Tags that stay first",
     "caption_dropout": "Share of empty captions",
     "tag_dropout": "Share of tags left out",
+    "adapter": "Kind of adapter",
+    "lokr_factor": "LoKr's small factor",
     "lora_rank": "Rank",
     "lora_alpha": "Alpha",
     "lora_dropout": "Dropout",

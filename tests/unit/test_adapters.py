@@ -215,7 +215,7 @@ def test_files_that_are_no_lora_are_named(tmp_path):
         "other": (serialize({"x": torch.ones(2)}, {}), "not a LoRA"),
         "loha": (
             serialize({**to_kohya("lora_unet", factors()), "lora_unet_x.hada_w1_a": torch.ones(2)}, {}),
-            "another adapter",
+            "lacks its hada_w1_b",
         ),
         "half": (serialize(half, {}), "lacks its lora_up"),
         "short": (whole[:-10], "truncated"),

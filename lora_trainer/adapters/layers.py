@@ -1,0 +1,101 @@
+"""How adapters compute that are no plain LoRA: forwards of ours on PEFT's layers, which hold the tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from lora_trainer.adapters.naming import Factors, Weights
+
+ADAPTER = "default"
+
+
+@dataclass(eq=False)
+class Change:
+    """A change of the weight that is computed whole: y = W x + b + ΔW x.
+
+    ΔW is made in fp32 from the layer's tensors by the formula of its file, again in the backward pass instead of kept.
+    `keep` gives what of the outputs is kept for each sample, [B, 1, out], or None for all.
+    """
+
+    layer: BaseTunerLayer
+    weights: Callable[[], Weights]
+    keep: Callable[[], Tensor | None] = lambda: None
+
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        layer = self.layer
+        y = layer.base_layer(x, *args, **kwargs)
+        if layer.disable_adapters:
+            return y
+        base, delta = layer.get_base_layer(), self.delta().to(x.dtype)
+        if isinstance(base, nn.Linear):
+            return y + self._kept(F.linear(x, delta))
+        change = F.conv2d(x, delta, None, base.stride, base.padding, base.dilation, base.groups)
+        keep = self.keep()
+        return y + (change if keep is None else change * keep.transpose(1, 2).unsqueeze(-1))
+
+    def linear(self, x: Tensor) -> Tensor:
+        """ΔW x of rows or pixels x [M, in]."""
+        return self._kept(F.linear(x, self.delta().to(x.dtype).flatten(1)))
+
+    def delta(self) -> Tensor:
+        """ΔW, times the strength, fp32 in the weight's shape."""
+        with torch.autocast(self.layer.get_base_layer().weight.device.type, enabled=False):
+            if not torch.is_grad_enabled():
+                return self._delta()
+            return checkpoint(self._delta, use_reentrant=False, preserve_rng_state=False)
+
+    def _delta(self) -> Tensor:
+        return self.weights().delta(self.layer.get_base_layer().weight) * strength(self.layer)
+
+    def _kept(self, y: Tensor) -> Tensor:
+        keep = self.keep()
+        return y if keep is None else (y.reshape(len(keep), -1, y.shape[-1]) * keep).view(y.shape)
+
+
+@dataclass(eq=False)
+class Decomposed:
+    """DoRA: a LoRA on inputs whose channels are scaled by c = m / ‖W + (alpha / r) B A‖, since (W + s B A) diag(c) x is
+    (W + s B A) (c ∘ x). The norm counts as a constant in the backward pass (the paper's section 4.3)."""
+
+    layer: BaseTunerLayer
+    weights: Callable[[], Factors]
+
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        layer = self.layer
+        if layer.disable_adapters:
+            return layer.base_layer(x, *args, **kwargs)
+        channels, at = self.channels(), strength(layer)
+        if isinstance(layer.get_base_layer(), nn.Linear):
+            channels = channels.view(-1)
+        scaled = x * channels.to(x.dtype)
+        through = scaled if at == 1 else x * (1 - at) + scaled * at
+        low = layer.lora_A[ADAPTER](scaled)
+        return layer.base_layer(through, *args, **kwargs) + layer.lora_B[ADAPTER](low) * layer.scaling[ADAPTER]
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """Rows or pixels x [M, in] with their channels scaled, for a LoRA at full strength."""
+        if strength(self.layer) != 1:
+            raise RuntimeError("a decomposed LoRA is fused at full strength only")
+        return x * self.channels().view(-1).to(x.dtype)
+
+    def channels(self) -> Tensor:
+        """c, fp32 [1, in] or [1, in, 1, 1]."""
+        weights, weight = self.weights(), self.layer.get_base_layer().weight
+        with torch.autocast(weight.device.type, enabled=False):
+            with torch.no_grad():
+                plain = Factors(weights.down, weights.up, weights.alpha)
+                merged = weight.float() + plain.delta(weight)
+            return weights.channels(merged)
+
+
+def strength(layer: BaseTunerLayer) -> float:
+    """How much of its adapter a layer applies; 1 as trained."""
+    alpha = getattr(layer, "lora_alpha", None) or layer.alpha
+    return layer.scaling[ADAPTER] / (alpha[ADAPTER] / layer.r[ADAPTER])
