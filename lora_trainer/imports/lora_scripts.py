@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora_trainer.imports import kohya
+from lora_trainer.imports.network_args import network
 from lora_trainer.imports.taken import Taken
 
 NAME = "lora-scripts' description of a run"
@@ -62,8 +63,8 @@ _REASONS = {
     "persistent_data_loader_workers": "not needed",
     "lowram": "not needed",
     "no_half_vae": "a VAE that overflows is asked again in fp32",
-    "network_args": "not supported",
-    "network_module": "only plain LoRA is trained here",
+    "network_args": "those of this network_module are not known here",
+    "network_module": "LoRA, LoHa and LoKr are trained here",
     "lr_scheduler_num_cycles": "only cosine_with_restarts has cycles",
     "lr_restart_cycles": "only cosine_with_restarts has cycles",
     "lr_scheduler_power": "only polynomial has a power",
@@ -104,6 +105,7 @@ def read(data: Mapping[str, Any]) -> Taken:
             if key in values:
                 taken.take(key, values.pop(key), key)
     _saving(taken, values)
+    network(taken, values)
     _previews(taken, values)
     if values.get("network_alpha") == 0 and "network_dim" in values:
         taken.remarks.append("network_alpha 0: that means the rank there")
@@ -204,8 +206,6 @@ def _saving(taken: Taken, values: dict[str, Any]) -> None:
         taken.take("save_precision", "fp32" if precision == "float" else precision, "save_precision")
     if values.get("save_model_as", "safetensors") == "safetensors":
         values.pop("save_model_as", None)
-    if values.get("network_module", "networks.lora") == "networks.lora":
-        values.pop("network_module", None)
 
 
 def _previews(taken: Taken, values: dict[str, Any]) -> None:

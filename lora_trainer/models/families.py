@@ -127,7 +127,7 @@ def detect(shapes: Shapes, name: str) -> Family:
     for key, kind in _OTHERS.items():
         if key in shapes:
             raise ModelError(f"{name}: this is {kind}; expected {SUPPORTED}")
-    if any(".lora_down." in key or ".lora_A." in key for key in shapes):
+    if any(part in key for key in shapes for part in (".lora_down.", ".lora_A.", ".hada_w1_a", ".lokr_w1")):
         raise ModelError(f"{name}: this is a LoRA, not a checkpoint; base_model must name {SUPPORTED}")
     family = _by_text(shapes)
     missing = [

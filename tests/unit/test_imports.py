@@ -382,7 +382,11 @@ def test_kohyas_alpha_of_1_is_said(tmp_path):
         ("adaptive_noise_scale = 0.1", "adaptive_noise_scale", "does nothing without noise_offset"),
         ("noise_offset_random_strength = true", "noise_offset_random_strength", "not supported"),
         ("lr_warmup_steps = 0.1", "lr_warmup_steps", "constant schedule has no warm-up"),
-        ("network_module = 'lycoris.kohya'", "network_module", "only plain LoRA"),
+        ("network_module = 'networks.dylora'", "network_module", "LoRA, LoHa and LoKr are trained here"),
+        ("network_module = 'lycoris.kohya'\nnetwork_args = ['algo=ia3']", "network_args", "not known here"),
+        ("network_args = ['dora_wd=True']", "network_args dora_wd", "adapter=dora scales the inputs"),
+        ("network_args = ['down_lr_weight=sine']", "network_args down_lr_weight", "write its numbers as block_lrs"),
+        ("network_args = ['conv_dim=x']", "conv_dim", "conv_rank: expected a whole number"),
         ("min_snr_gamma = 'x'", "min_snr_gamma", "min_snr_gamma: expected a number"),
         ("sample_prompts = './prompts.txt'", "sample_prompts", "files of prompts are not read"),
         ("resolution = '512,x'", "resolution", "expected 512"),
@@ -395,6 +399,32 @@ def test_kohyas_alpha_of_1_is_said(tmp_path):
 def test_what_has_no_counterpart_is_listed_with_its_value(tmp_path, text, key, why):
     _, left, _ = taken(tmp_path, "x.toml", f"train_data_dir = 'a'\n{text}\n")
     assert why in left[key][1]
+
+
+def test_kohyas_network_arguments_mean_the_same_here(tmp_path):
+    head = "train_data_dir = 'a'\nnetwork_dim = 8\nnetwork_alpha = 4\nnetwork_train_unet_only = true\n"
+    dims = ",".join(["2"] * 12 + ["16"] + ["0"] + ["8"] * 11)
+    down = ",".join(["0.5"] * 12)
+    arguments = ["conv_dim=4", "rank_dropout=0.1", f"block_dims={dims}", f"down_lr_weight={down}", "mid_lr_weight=2"]
+    text = f"{head}scale_weight_norms = 1.0\nnetwork_args = {arguments}\n"
+    settings, left, _ = taken(tmp_path, "x.toml", text)
+    assert (settings["conv_rank"], settings["conv_alpha"], settings["rank_dropout"]) == (4, 1, 0.1)
+    assert settings["block_ranks"][11:15] == ["IN11=2", "MID=16", "OUT00=0", "OUT01=8"]
+    # A block's alpha is the network's there, whatever its rank.
+    assert settings["block_alphas"][11:14] == ["IN11=4", "MID=4", "OUT01=4"]
+    assert settings["block_lrs"] == [*(f"IN{number:02}=0.5" for number in range(12)), "MID=2"]
+    assert settings["scale_weight_norms"] == 1
+    assert not any("network" in key for key in left)
+    text = head + "network_module = 'lycoris.kohya'\nnetwork_args = ['algo=lokr', 'factor=8', 'conv_dim=2']\n"
+    settings, _, remarks = taken(tmp_path, "x.toml", text)
+    assert (settings["adapter"], settings["lokr_factor"]) == ("lokr", 8)
+    assert (settings["conv_rank"], settings["conv_alpha"]) == (2, 4)
+    assert any("outermost layers" in remark for remark in remarks)
+    xl = ",".join(map(str, range(1, 24)))
+    settings, _, _ = taken(tmp_path, "x.toml", head + f"network_args = ['block_dims={xl}']\n")
+    assert (settings["block_ranks"][0], settings["block_ranks"][9], settings["block_ranks"][-1]) == (
+        *("IN00=2", "MID00=11", "OUT08=22"),
+    )
 
 
 def test_regularisation_pictures_and_masks_are_taken(tmp_path):

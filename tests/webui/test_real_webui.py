@@ -104,6 +104,21 @@ def test_a_trained_text_encoder_applies_too_and_is_given_back(webui):
     assert seen["restored"]
 
 
+@pytest.mark.parametrize("kind", ["lora", "dora", "loha", "lokr"])
+def test_every_kind_of_adapter_applies_with_convolutions_and_text_encoder(webui, kind):
+    changes = {"target_modules": ["default", "conv"], "train_text_encoder": True, "save_precision": "fp32"}
+    job = webui.submit(output_name=f"kind-{kind}", max_train_steps=6, learning_rate=2e-3, adapter=kind, **changes)
+    job = webui.until(job["id"])
+    assert job["state"] == "done", job["error"]
+    assert any("295 of 295 modules" in line for line in job["log"]), job["log"]
+    seen = webui.run(applied(f"kind-{kind}"))
+    print(kind, seen)
+    assert seen["apart"] < 1e-4
+    assert seen["effect"] > 10 * 1e-4
+    assert seen["effect on the text"] > 10 * 1e-4
+    assert seen["restored"]
+
+
 def test_a_preview_is_the_users_own_txt2img_from_the_saved_file(webui, trained):
     (preview,) = (webui.data / "lora_trainer" / "runs").rglob("first-step00000012-1.png")
     drawn = webui.picture(f"twemoji emoji of red apple {LORA}")

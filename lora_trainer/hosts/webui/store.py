@@ -78,7 +78,7 @@ class LoraFolder:
             return other
 
     def _check(self, networks: Any, file: Path) -> None:
-        modules = {key.rpartition(".lora_")[0] for key in read_header(file) if ".lora_" in key}
+        modules = {key.partition(".")[0] for key in read_header(file) if key != "__metadata__"}
         try:
             known = networks.load_network(file.stem, networks.network.NetworkOnDisk(file.stem, str(file))).modules
         except Exception as error:
