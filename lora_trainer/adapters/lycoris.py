@@ -67,7 +67,7 @@ class Kron:
 
     @property
     def sizes(self) -> tuple[int, int]:
-        (a, c), (b, d) = self._left.shape, self._right.flatten(1).shape
+        (a, c), (b, d) = _shape(self.w1, self.w1_a, self.w1_b), _shape(self.w2, self.w2_a, self.w2_b)
         return a * b, c * d
 
     def parts(self) -> dict[str, Tensor]:
@@ -87,3 +87,8 @@ class Kron:
     @property
     def _right(self) -> Tensor:
         return self.w2_a @ self.w2_b if self.w2 is None else self.w2
+
+
+def _shape(whole: Tensor | None, a: Tensor | None, b: Tensor | None) -> tuple[int, int]:
+    """Of a factor as a matrix."""
+    return (a.shape[0], b.shape[1]) if whole is None else (whole.shape[0], whole[0].numel())

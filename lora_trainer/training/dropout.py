@@ -75,8 +75,8 @@ class _Masks:
         """[B, 1, r]."""
         if not self._wholes:
             shares, counts = self.shares, list(self.ranks.values())
-            ranks = keep_mask(self.keys ^ _RANKS, sum(counts), shares.ranks).to(self.dtype).div_(1 - shares.ranks)
-            modules = keep_mask(self.keys ^ _MODULES, len(counts), shares.modules).to(self.dtype)
+            ranks = keep_mask(self.keys + _RANKS, sum(counts), shares.ranks).to(self.dtype).div_(1 - shares.ranks)
+            modules = keep_mask(self.keys + _MODULES, len(counts), shares.modules).to(self.dtype)
             parts = zip(self.ranks, ranks.split(counts, dim=1), modules.split(1, dim=1), strict=True)
             self._wholes = {name: (part * module).unsqueeze(1) for name, part, module in parts}
         return self._wholes[name]

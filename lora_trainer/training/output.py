@@ -146,9 +146,11 @@ class Output:
         yield from self.painter.draw(lora, self.config.sample_prompts, recipe)
 
     def _rounded(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Weights in the file's precision, or in fp32 where that cannot hold them; alphas stay fp32 scalars."""
+        """Weights in the file's precision, or in fp32 where that cannot hold them; alphas stay fp32 scalars, and DoRA's
+        few scales stay fp32 too, since they multiply the base's weights."""
         dtype = PRECISIONS[self.config.save_precision]
-        rounded = {name: tensor if tensor.dim() == 0 else tensor.to(dtype) for name, tensor in tensors.items()}
+        exact = {name for name, tensor in tensors.items() if tensor.dim() == 0 or name.endswith(".dora_scale")}
+        rounded = {name: tensor if name in exact else tensor.to(dtype) for name, tensor in tensors.items()}
         if all(torch.isfinite(tensor).all() for tensor in rounded.values()):
             return rounded
         text = f"some weights are too large for {self.config.save_precision}: the file is in fp32"

@@ -98,6 +98,18 @@ def gradient(work, *, captured=True, **changes):
         return grads / segment.scaler.scale, segment.captures.count
 
 
+@pytest.mark.parametrize("kind", ["dora", "loha", "lokr"])
+def test_every_kind_of_adapter_is_captured_and_computes_the_same(kind):
+    """With convolutions, and whole ranks and modules left out."""
+    changes = {"adapter": kind, "conv_rank": 4, "rank_dropout": 0.1, "module_dropout": 0.1}
+    plain, again = (gradient(WORK, captured=False, **changes)[0] for _ in range(2))
+    got, graphs = gradient(WORK, **changes)
+    print(f"{kind}: {apart(got, plain):.2e}, eager against itself {apart(again, plain):.2e}")
+    assert plain.abs().max() > 0
+    assert graphs == 1
+    assert apart(got, plain) <= max(2 * apart(again, plain), 1e-3)
+
+
 @pytest.mark.parametrize("work", WORKS)
 def test_checkpointing_dropout_and_capture_together_change_no_gradient(work):
     plain, again = (gradient(work, captured=False)[0] for _ in range(2))

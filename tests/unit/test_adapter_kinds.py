@@ -225,6 +225,7 @@ def test_files_have_the_names_of_lycoris_and_inspection_tells_the_kind(settings)
         events, data = train(settings, adapter=kind, max_train_steps=2, resolution=64)
         path = Path(settings["output_dir"]) / "tiny.safetensors"
         assert {key.partition(".")[2] for key in load(data)} == parts[kind]
+        assert all(t.dtype == torch.float32 for name, t in load(data).items() if name.endswith(("alpha", "dora_scale")))
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
         assert header["ss_network_module"] == "lycoris.kohya"
         algorithm = json.loads(header["ss_network_args"])
