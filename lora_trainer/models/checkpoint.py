@@ -89,8 +89,19 @@ def read_shapes(path: Path) -> Shapes:
         raise ModelError(f"{path}: no such file; expected a Stable Diffusion checkpoint")
     if path.suffix.lower() in PICKLE_SUFFIXES:
         return {name: tuple(tensor.shape) for name, tensor in _unpickle(path).items()}
+    _refuse_gguf(path)
     header = read_header(path)
     return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+
+
+def _refuse_gguf(path: Path) -> None:
+    """github.com/ggml-org/ggml, docs/gguf.md. What cannot be read is said by who reads it."""
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(4) == b"GGUF":
+                raise ModelError(
+                    f"{path}: this is a quantised model in GGUF; expected a .safetensors or .ckpt checkpoint"
+                )
 
 
 def _describes(name: str, entry: object) -> bool:

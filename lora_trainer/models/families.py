@@ -109,14 +109,36 @@ SDXL = Family(
 )
 FAMILIES = (SDXL, SD2, SD1)
 
-# The first key that is there names what the file is instead.
+# The first key that is there names what the file is instead; networks alone come without the checkpoint's prefix.
 _OTHERS = {
+    "edm_mean": "a checkpoint of the EDM form (Playground v2.5)",
+    "edm_vpred.sigma_max": "a checkpoint of the EDM form (CosXL)",
     "conditioner.embedders.0.model.token_embedding.weight": "an SDXL refiner checkpoint",
-    "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight": "a Stable Diffusion 3 checkpoint",
-    "model.diffusion_model.double_blocks.0.img_attn.qkv.weight": "a Flux checkpoint",
-    "double_blocks.0.img_attn.qkv.weight": "a Flux model",
+    "cond_stage_model.roberta.embeddings.word_embeddings.weight": "an AltDiffusion checkpoint",
+    "embedder.model.token_embedding.weight": "an unCLIP checkpoint",
+    "embedder.model.visual.conv1.weight": "an unCLIP checkpoint",
     "conv_in.weight": "a diffusers UNet without its pipeline",
 }
+# The same of networks of other kinds, which are transformers.
+_TRANSFORMERS = {
+    "joint_blocks.0.x_block.attn.qkv.weight": "a Stable Diffusion 3 checkpoint",
+    "distilled_guidance_layer.in_proj.weight": "a Chroma checkpoint",
+    "double_stream_modulation_img.lin.weight": "a Flux.2 checkpoint",
+    "double_blocks.0.img_attn.qkv.weight": "a Flux checkpoint",
+    "double_layers.0.attn.w1q.weight": "an AuraFlow checkpoint",
+    "txt_in.individual_token_refiner.blocks.0.norm1.weight": "a Hunyuan Video checkpoint",
+    "mlp_t5.0.weight": "a Hunyuan-DiT checkpoint",
+    "clip_txt_mapper.weight": "a Stable Cascade checkpoint",
+    "t_block.1.weight": "a PixArt checkpoint",
+    "cap_embedder.1.weight": "a Lumina or Z-Image checkpoint",
+    "caption_projection.0.linear.weight": "a HiDream checkpoint",
+    "txt_norm.weight": "a Qwen-Image checkpoint",
+    "head.modulation": "a Wan checkpoint",
+}
+_NF4 = (".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4", ".weight.absmax")
+# The number of channels a UNet takes, where it is shown more than the noised latents.
+_SHOWN_MORE = {9: "an inpainting checkpoint", 8: "an editing checkpoint", 5: "a depth checkpoint", 7: "an upscaler"}
+_MIDDLE = _UNET + "middle_block.1.transformer_blocks.0.attn1.to_q.weight"
 
 
 def detect(shapes: Shapes, name: str) -> Family:
@@ -124,9 +146,9 @@ def detect(shapes: Shapes, name: str) -> Family:
 
     Raises ModelError that says what the file is instead.
     """
-    for key, kind in _OTHERS.items():
-        if key in shapes:
-            raise ModelError(f"{name}: this is {kind}; expected {SUPPORTED}")
+    other = _other(shapes)
+    if other is not None:
+        raise ModelError(f"{name}: this is {other}; expected {SUPPORTED}")
     if any(part in key for key in shapes for part in (".lora_down.", ".lora_A.", ".hada_w1_a", ".lokr_w1")):
         raise ModelError(f"{name}: this is a LoRA, not a checkpoint; base_model must name {SUPPORTED}")
     family = _by_text(shapes)
@@ -146,10 +168,30 @@ def detect(shapes: Shapes, name: str) -> Family:
         raise ModelError(f"{name}: not {SUPPORTED}: the UNet's first convolution has the shape {list(entrance)}")
     channels = entrance[1]
     if channels != 4:
+        what = _SHOWN_MORE.get(channels, "of a kind that is not known here")
+        raise ModelError(f"{name}: the UNet takes {channels} channels ({what}); expected 4")
+    if family is SDXL and not shapes.get(_MIDDLE):
         raise ModelError(
-            f"{name}: the UNet takes {channels} channels (an inpainting or editing checkpoint); expected 4"
+            f"{name}: this is an SDXL without the attention in its middle (SSD-1B, Segmind Vega); expected {SUPPORTED}"
         )
+    if family is SD2 and shapes.get(_UNET + "label_emb.0.0.weight"):
+        raise ModelError(f"{name}: this is an unCLIP checkpoint; expected {SUPPORTED}")
     return family
+
+
+def _other(shapes: Shapes) -> str | None:
+    """What else this is, of the kinds that one tensor's name gives away."""
+    if any(key.endswith(_NF4) for key in shapes):
+        return "a checkpoint quantised to 4 bits (nf4)"
+    if "scaled_fp8" in shapes or any(key.endswith(".scale_weight") for key in shapes):
+        return "a checkpoint in scaled fp8"
+    for key, kind in _OTHERS.items():
+        if key in shapes:
+            return kind
+    for key, kind in _TRANSFORMERS.items():
+        if key in shapes or _UNET + key in shapes:
+            return kind
+    return None
 
 
 def predicting(family: Family, prediction: Prediction) -> Family:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
+from transformers import CLIPTextConfig
 
 from lora_trainer.errors import ConfigError
 from lora_trainer.models.bridge import open_clip_view, text_view, unet_view, vae_view
@@ -71,7 +72,7 @@ def model_of(
     noise = schedule(state, family, config)
     return Model(
         unet=unet,
-        text=text_of(state, family, config, clip_skip),
+        text=TextEncoder(bundled(), encoders_of(state, family, clip_skip, folder=config.text_folder)),
         vae=vae_view(state, scale_factor=config.scale_factor or family.scale_factor),
         noise=noise.to(device),
         facts=ModelFacts(
@@ -103,19 +104,29 @@ def heads_of(family: Family, config: LdmConfig) -> dict[str, int | None]:
     return {"num_heads": family.num_heads, "head_channels": family.head_channels}
 
 
-def text_of(state: dict[str, Tensor], family: Family, config: LdmConfig, clip_skip: int | None) -> TextEncoder:
-    """Views of the family's text encoders."""
+def encoders_of(
+    state: dict[str, Tensor],
+    family: Family,
+    clip_skip: int | None,
+    *,
+    folder: Path | None = None,
+    config: CLIPTextConfig | None = None,
+) -> tuple[ClipEncoder, ...]:
+    """Views of the family's text encoders; what the shapes of a CLIP do not tell is in `config`, or in `folder`.
+
+    Raises ConfigError for a `clip_skip` in a family that has none.
+    """
     if not family.clip_skip and clip_skip not in (None, family.text[0].layer):
         layer = f"always takes layer {family.text[0].layer} from the end"
         raise ConfigError([f"clip_skip: {family.name} {layer}; expected nothing, found {clip_skip}"])
     encoders = []
     for part in family.text:
         if part.form == "clip":
-            view = text_view(state, prefix=part.prefix, config_folder=config.text_folder)
+            view = text_view(state, prefix=part.prefix, config_folder=folder, config=config)
         else:
             view = open_clip_view(state, prefix=part.prefix, projection=part.pooled)
         encoders.append(ClipEncoder(view, clip_skip or part.layer, part.normed, part.pad, part.pooled))
-    return TextEncoder(bundled(), tuple(encoders))
+    return tuple(encoders)
 
 
 def schedule(state: dict[str, Tensor], family: Family, config: LdmConfig) -> NoiseSchedule:

@@ -16,11 +16,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The model that would be trained on, what speaks against it, and its family, of `config.presets.FAMILIES`."""
+    """The model that would be trained on, what speaks against it, its family, of `config.presets.FAMILIES`, and why it
+    is refused, if so."""
 
     title: str
     warnings: tuple[str, ...]
     family: str = "sd15"
+    refused: str | None = None
 
 
 class CaptionHost(Protocol):

@@ -8,23 +8,63 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from tests.fake_webui.open_clip import FrozenOpenCLIPEmbedder, FrozenOpenCLIPEmbedder2
+
 HEADS = 8
 TOKENIZER = Path(__file__).parents[2] / "lora_trainer" / "models" / "clip"
 UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer."
+SECOND, CONDITIONER = "cond_stage_model.model.", "conditioner.embedders."
 
 
-class LatentDiffusion(nn.Module):
-    """Empty, of the form of `state`: `load_state_dict` fills it."""
+def model_of(state: dict[str, Tensor]) -> nn.Module:
+    """Empty, of the family and form of `state`: `load_state_dict` fills it."""
+    return DiffusionEngine(state) if any(name.startswith(CONDITIONER) for name in state) else LatentDiffusion(state)
 
+
+class Diffusion(nn.Module):
     parameterization, scale_factor, cond_stage_key = "eps", 0.18215, "txt"
 
     def __init__(self, state: dict[str, Tensor]) -> None:
         super().__init__()
         self.model = DiffusionWrapper(tree(part(state, UNET), UNetModel()))
         self.first_stage_model = tree(part(state, VAE), nn.Module()).requires_grad_(False)
-        self.cond_stage_model = FrozenCLIPEmbedder(part(state, TEXT)).requires_grad_(False)
         betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
         self.register_buffer("alphas_cumprod", torch.cumprod(1 - betas, dim=0).float())
+
+
+class LatentDiffusion(Diffusion):
+    def __init__(self, state: dict[str, Tensor]) -> None:
+        super().__init__(state)
+        second = part(state, SECOND)
+        text = FrozenOpenCLIPEmbedder(second) if second else FrozenCLIPEmbedder(part(state, TEXT))
+        self.cond_stage_model = text.requires_grad_(False)
+
+
+class DiffusionEngine(Diffusion):
+    """SDXL's."""
+
+    scale_factor = 0.13025
+
+    def __init__(self, state: dict[str, Tensor]) -> None:
+        super().__init__(state)
+        first = FrozenCLIPEmbedder(part(state, f"{CONDITIONER}0.transformer."))
+        first.layer, first.layer_idx = "hidden", first.transformer.config.num_hidden_layers - 1
+        embedders = [first, FrozenOpenCLIPEmbedder2(part(state, f"{CONDITIONER}1.model.")), Sizes()]
+        self.conditioner = GeneralConditioner(embedders).requires_grad_(False)
+
+
+class GeneralConditioner(nn.Module):
+    def __init__(self, embedders: list[nn.Module]) -> None:
+        super().__init__()
+        self.embedders = nn.ModuleList(embedders)
+
+    def forward(self, prompts: list[str]) -> Tensor:
+        said = [embedder(prompts) for embedder in self.embedders if hasattr(embedder, "wrapped")]
+        return torch.cat([one[0] if isinstance(one, tuple) else one for one in said], dim=2)
+
+
+class Sizes(nn.Module):
+    return_pooled = False
 
 
 class DiffusionWrapper(nn.Module):
@@ -60,6 +100,8 @@ class CrossAttention(Block):
 
 
 class FrozenCLIPEmbedder(nn.Module):
+    layer = "last"
+
     def __init__(self, state: dict[str, Tensor]) -> None:
         super().__init__()
         vocabulary, width = state["text_model.embeddings.token_embedding.weight"].shape

@@ -105,7 +105,7 @@ def test_still_ours_after_each_kind_of_visit(ui):
 
 
 def test_every_tensor_is_shared(ui):
-    state = ui.host("view").state_of(ui.model)
+    state = ui.host("tensors").state_of(ui.model)
     with lent(ui).borrow() as model:
         mine = {p.data_ptr() for part in (model.unet, model.vae, model.text.module) for p in part.parameters()}
     floats = {t.data_ptr() for t in state.values() if t.is_floating_point()}

@@ -18,7 +18,8 @@ import time
 from modules import sd_models
 from modules.call_queue import queue_lock
 from lora_trainer.config import build
-from lora_trainer.hosts.webui.view import view_of, state_of
+from lora_trainer.hosts.webui.tensors import state_of
+from lora_trainer.hosts.webui.view import view_of
 with queue_lock:
     sd_model = sd_models.model_data.sd_model
     took = []
@@ -127,3 +128,113 @@ def paced(seconds: float = 0.0, raise_at: int = -1) -> str:
 
 def applied(name: str) -> str:
     return APPLIED.replace("NAME", repr(name))
+
+
+# What the WebUI's own code and a view of the loaded model make of the same prompts, and how many tensors they share.
+VIEWED = """
+import torch
+from modules import sd_models, prompt_parser
+from modules.call_queue import queue_lock
+from lora_trainer.config import build
+from lora_trainer.hosts.webui.merged import unmerge
+from lora_trainer.hosts.webui.tensors import state_of
+from lora_trainer.hosts.webui.view import view_of
+from lora_trainer.sampling import conditions
+def config(**settings):
+    return build({"base_model": "x", "train_data_dir": "y"}, settings)
+def said(sd_model, prompts):
+    batch = prompt_parser.SdConditioning(prompts, width=128, height=64)
+    told = sd_model.get_learned_conditioning(batch)
+    return (told["crossattn"], told["vector"]) if isinstance(told, dict) else (told, None)
+def asked(sd_model, x, t, told):
+    extra = {} if told[1] is None else {"y": told[1]}
+    return sd_model.model.diffusion_model(x, t, context=told[0], **extra)
+def answered(model, x, t, prompts):
+    return model.unet(x, t, **conditions(model, prompts, (128, 64))).sample
+def places(tensors):
+    return {(p.data_ptr(), p.numel()) for p in tensors}
+PROMPTS = ["noto emoji of red apple", "", "a cat sitting on a mat " * 20 + "with a hat"]
+SYNTAX = ["a (cat:1.4), [dog] BREAK (mat)", "a cat, sitting on a mat, " * 20]
+with queue_lock, torch.no_grad():
+    sd_model = sd_models.model_data.sd_model
+    unmerge(sd_model)
+    x = torch.randn(2, 4, 8, 16, generator=torch.Generator().manual_seed(3))
+    t = torch.tensor([100, 700])
+    SNIPPET
+"""
+
+_COMPARED = """
+    model, state = view_of(sd_model, config()), state_of(sd_model)
+    shared = {}
+    for part, module in (("model.diffusion_model.", model.unet), ("first_stage_model.", model.vae)):
+        theirs = [p for name, p in state.items() if name.startswith(part)]
+        shared[part] = [len(places(theirs) & places(module.parameters())), len(theirs)]
+    storages = {p.untyped_storage().data_ptr() for p in state.values()}
+    texts = [p for module in model.text.modules for p in module.parameters()]
+    shared["text"] = [sum(p.untyped_storage().data_ptr() in storages for p in texts), len(texts)]
+    said_apart = pooled_apart = viewed_apart = 0.0
+    prompts_too = view_of(sd_model, config(caption_syntax="webui"))
+    for prompt in PROMPTS + SYNTAX:
+        host = said(sd_model, [prompt])
+        for one in [prompts_too] if prompt in SYNTAX else [model, prompts_too]:
+            mine = one.text.read(prompt)
+            said_apart = max(said_apart, (mine.context - host[0]).abs().max().item())
+            if mine.pooled is not None:
+                width = mine.pooled.shape[1]
+                pooled_apart = max(pooled_apart, (mine.pooled - host[1][:, :width]).abs().max().item())
+        if prompt in PROMPTS:
+            view = model.text.encode(model.text.tokenize(prompt))
+            viewed_apart = max(viewed_apart, (view - host[0]).abs().max().item())
+    prompts = PROMPTS[:2]
+    host = asked(sd_model, x, t, said(sd_model, prompts))
+    result = {
+        "shared": shared,
+        "said apart": said_apart,
+        "pooled apart": pooled_apart,
+        "viewed apart": viewed_apart,
+        "answered apart": (host - answered(model, x, t, prompts)).abs().max().item(),
+        "answers": host.abs().mean().item(),
+        "family": model.facts.family.name,
+        "prediction": model.noise.prediction,
+        "ends without signal": model.noise.alphas_cumprod[-1].item() == 0,
+        "notices": list(model.facts.notices),
+    }
+"""
+
+# As APPLIED, for a model of any family.
+_APPLIED_TO_ANY = """
+    import sys
+    from pathlib import Path
+    from lora_trainer.sampling import apply_lora
+    networks = sys.modules["networks"]
+    prompts = PROMPTS[:2]
+    plain = said(sd_model, prompts)
+    base = asked(sd_model, x, t, plain)
+    networks.load_networks([NAME], [1.0], [1.0], [None])
+    told = said(sd_model, prompts)
+    theirs = asked(sd_model, x, t, told)
+    unet_only = asked(sd_model, x, t, plain)
+    unmerge(sd_model)
+    restored = asked(sd_model, x, t, said(sd_model, prompts))
+    model = view_of(sd_model, config())
+    apply_lora(model, Path(networks.available_networks[NAME].filename))
+    version = networks.available_networks[NAME].sd_version.name
+    ours = answered(model, x, t, prompts)
+    result = {
+        "apart": (ours - theirs).abs().max().item(),
+        "effect": (theirs - base).abs().max().item(),
+        "effect on the text": (told[0] - plain[0]).abs().max().item(),
+        "effect on the pooled": 0 if told[1] is None else (told[1] - plain[1]).abs().max().item(),
+        "effect of the UNet": (unet_only - base).abs().max().item(),
+        "restored": torch.equal(base, restored),
+        "version": version,
+    }
+"""
+
+
+def compared() -> str:
+    return VIEWED.replace("    SNIPPET", _COMPARED)
+
+
+def applied_to_any(name: str) -> str:
+    return VIEWED.replace("    SNIPPET", _APPLIED_TO_ANY.replace("NAME", repr(name)))

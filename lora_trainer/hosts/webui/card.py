@@ -9,6 +9,7 @@ from pathlib import Path
 from lora_trainer.config import Config, trigger_words_of
 from lora_trainer.dataset.images import ImageError, is_picture, load_image
 from lora_trainer.files import publish
+from lora_trainer.models.checkpoint import read_header
 
 PREFERRED_WEIGHT, SIDE = 0.8, 512
 PICTURES = (".png", ".preview.png", ".jpg", ".preview.jpg", ".webp", ".preview.webp")
@@ -20,7 +21,7 @@ def write_card(lora: Path, config: Config, folder: Path) -> None:
     if not card.exists():
         values = {
             "description": f"Trained with LoRA Trainer on {config.base_model}.",
-            "sd version": "SD1",
+            "sd version": _version(lora),
             "activation text": trigger_words_of(config),
             "preferred weight": PREFERRED_WEIGHT,
         }
@@ -29,6 +30,14 @@ def write_card(lora: Path, config: Config, folder: Path) -> None:
         picture = _picture(config, folder)
         if picture is not None:
             publish(picture, lora.with_suffix(".png"))
+
+
+def _version(lora: Path) -> str:
+    """As the WebUI reads it from the file's header."""
+    said = read_header(lora).get("__metadata__", {})
+    if said.get("ss_base_model_version", "").startswith("sdxl_"):
+        return "SDXL"
+    return "SD2" if said.get("ss_v2") == "True" else "SD1"
 
 
 def _picture(config: Config, folder: Path) -> bytes | None:

@@ -21,7 +21,7 @@ from lora_trainer.doctor import Report, examine
 from lora_trainer.doctor.subject import Wanted
 from lora_trainer.editing.editor import Editor
 from lora_trainer.editing.thumbnails import Thumbnails
-from lora_trainer.errors import DataError
+from lora_trainer.errors import DataError, ModelError
 from lora_trainer.events import EventSink, Finished
 from lora_trainer.hosts.ports import Control
 from lora_trainer.hosts.roots import Roots
@@ -29,6 +29,7 @@ from lora_trainer.hosts.webui.captioning import Captioning
 from lora_trainer.hosts.webui.interrupt import watch_reloads
 from lora_trainer.hosts.webui.merged import make_known
 from lora_trainer.hosts.webui.store import lora_dir
+from lora_trainer.hosts.webui.tensors import refusal
 from lora_trainer.jobs.service import JobService
 from lora_trainer.jobs.view import JobView
 from lora_trainer.ui.ports import Checkpoint
@@ -48,6 +49,7 @@ class Extension:
         self.editor, self.thumbnails = Editor(), Thumbnails(self.home / "thumbnails")
         self.editor_pass = secrets.token_urlsafe(32)
         self._checking = Lock()
+        self._looked_at: tuple[tuple[str, str | None] | None, str | None] = (None, None)
 
     @property
     def credentials(self) -> Mapping[str, str] | None:
@@ -63,7 +65,9 @@ class Extension:
         sd_model = sd_models.model_data.sd_model
         if sd_model is None:
             return None
-        return Checkpoint(sd_model.sd_checkpoint_info.title, tuple(_warnings(sd_model)), _family(sd_model))
+        refused = self._refused(sd_model)
+        warnings = [f"It cannot be trained on: {refused}"] if refused else _merged(sd_model)
+        return Checkpoint(sd_model.sd_checkpoint_info.title, tuple(warnings), _family(sd_model), refused)
 
     def submit(self, settings: Mapping[str, object]) -> JobView:
         """Raises UserError."""
@@ -71,6 +75,8 @@ class Extension:
         checkpoint = self.checkpoint()
         if checkpoint is None and "base_model" not in given:
             raise DataError("no checkpoint is loaded; choose one at the top of the page, wait, and train again")
+        if checkpoint is not None and checkpoint.refused and "base_model" not in given:
+            raise ModelError(checkpoint.refused)
         run = self.home / "runs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
         known = {
             "base_model": checkpoint.title if checkpoint else "",
@@ -78,6 +84,13 @@ class Extension:
             "cache_dir": str(self.home / "cache"),
         }
         return self.jobs.submit(build(known, given, family=checkpoint.family if checkpoint else "sd15"))
+
+    def _refused(self, sd_model: Any) -> str | None:
+        """Looked at once a checkpoint, since the tab asks all the time."""
+        which = (sd_model.sd_checkpoint_info.filename, sd_model.sd_model_hash)
+        if self._looked_at[0] != which:
+            self._looked_at = (which, refusal(sd_model))
+        return self._looked_at[1]
 
     def check(self, settings: Mapping[str, object]) -> Report:
         """Raises UserError."""
@@ -182,9 +195,7 @@ def _family(sd_model: Any) -> str:
     return "sdxl" if getattr(sd_model, "is_sdxl", False) else "sd15"
 
 
-def _warnings(sd_model: Any) -> list[str]:
-    channels = sd_model.model.diffusion_model.state_dict()["input_blocks.0.0.weight"].shape[1]
-    inpainting = ["This is an inpainting checkpoint: choose the model it was made from."] if channels != 4 else []
+def _merged(sd_model: Any) -> list[str]:
     name = sd_model.sd_checkpoint_info.name_for_extra.lower()
-    merged = "This looks like a merge: LoRAs trained on its ancestors work with more models." if "merge" in name else ""
-    return [*inpainting, *filter(None, [merged])]
+    warning = "This looks like a merge: LoRAs trained on its ancestors work with more models."
+    return [warning] if "merge" in name else []

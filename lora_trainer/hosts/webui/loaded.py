@@ -13,7 +13,8 @@ from lora_trainer.config import Config
 from lora_trainer.errors import ModelError
 from lora_trainer.events import EventSink, Notice
 from lora_trainer.hosts.webui.merged import unmerge
-from lora_trainer.hosts.webui.view import transformer_of, view_of
+from lora_trainer.hosts.webui.tensors import networks_of
+from lora_trainer.hosts.webui.view import view_of
 from lora_trainer.models.fingerprint import sampled
 from lora_trainer.models.model import Model
 
@@ -21,7 +22,7 @@ from lora_trainer.models.model import Model
 @dataclass(frozen=True)
 class Fingerprint:
     """What tells that the loaded model is still the one that was borrowed: its files, the place of each tensor of the
-    UNet and the text encoder, and a few of their values (a checkpoint of the same sizes is copied into the live
+    UNet and the text encoders, and a few of their values (a checkpoint of the same sizes is copied into the live
     module)."""
 
     checkpoint: str
@@ -31,8 +32,7 @@ class Fingerprint:
 
     @classmethod
     def of(cls, sd_model: Any) -> Fingerprint:
-        modules = (sd_model.model.diffusion_model, transformer_of(sd_model))
-        tensors = [p.detach() for module in modules if module is not None for p in module.parameters()]
+        tensors = [p.detach() for module in networks_of(sd_model) for p in module.parameters()]
         return cls(
             checkpoint=sd_model.sd_checkpoint_info.filename,
             vae=sd_vae.loaded_vae_file,
@@ -113,6 +113,8 @@ def _on_device(sd_model: Any) -> Iterator[None]:
             part.to(devices.device)
         yield
     finally:
+        # It may have noted a part as the one on the GPU, and would not bring that one again.
+        lowvram.send_everything_to_cpu()
         for part in parts:
             part.to(devices.cpu)
         devices.torch_gc()

@@ -37,7 +37,11 @@ def setup_for_low_vram(sd_model, use_medvram):
         module.to(devices.device)
         module_in_gpu = module
 
-    for module in (sd_model.cond_stage_model.transformer, sd_model.first_stage_model, sd_model.model):
+    if hasattr(sd_model, "conditioner"):
+        text = sd_model.conditioner
+    else:
+        text = getattr(sd_model.cond_stage_model, "model", None) or sd_model.cond_stage_model.transformer
+    for module in (text, sd_model.first_stage_model, sd_model.model):
         module.register_forward_pre_hook(send_me_to_gpu)
 
 

@@ -1,5 +1,5 @@
 import torch
-from modules import sd_hijack_clip
+from modules import sd_hijack_clip, sd_hijack_open_clip
 
 
 class EmbeddingDatabase:
@@ -15,15 +15,46 @@ class StableDiffusionModelHijack:
     embedding_db = EmbeddingDatabase()
 
     def hijack(self, m):
-        embeddings = m.cond_stage_model.transformer.text_model.embeddings
-        embeddings.token_embedding = EmbeddingsWithFixes(embeddings.token_embedding, self)
-        self.clip = m.cond_stage_model = sd_hijack_clip.FrozenCLIPEmbedderWithCustomWords(m.cond_stage_model, self)
+        if hasattr(m, "conditioner"):
+            for i in range(2):
+                m.conditioner.embedders[i] = self.wrap(m.conditioner.embedders[i])
+            m.cond_stage_model = m.conditioner
+        else:
+            m.cond_stage_model = self.wrap(m.cond_stage_model)
+        self.clip = m.cond_stage_model
 
     def undo_hijack(self, m):
-        m.cond_stage_model = m.cond_stage_model.wrapped
-        embeddings = m.cond_stage_model.transformer.text_model.embeddings
-        embeddings.token_embedding = embeddings.token_embedding.wrapped
+        if hasattr(m, "conditioner"):
+            for i in range(2):
+                m.conditioner.embedders[i] = self.unwrap(m.conditioner.embedders[i])
+            del m.cond_stage_model
+        else:
+            m.cond_stage_model = self.unwrap(m.cond_stage_model)
         self.clip = None
+
+    def wrap(self, embedder):
+        owner, kind = embedding_of(embedder)
+        owner.token_embedding = EmbeddingsWithFixes(owner.token_embedding, self)
+        return kind(embedder, self)
+
+    def unwrap(self, embedder):
+        owner, _ = embedding_of(embedder.wrapped)
+        owner.token_embedding = owner.token_embedding.wrapped
+        return embedder.wrapped
+
+
+def embedding_of(embedder):
+    """The module that has the token embedding, and the wrapper of such an embedder."""
+    if hasattr(embedder, "transformer"):
+        sdxl = embedder.layer == "hidden"
+        kinds = (
+            sd_hijack_clip.FrozenCLIPEmbedderWithCustomWords,
+            sd_hijack_clip.FrozenCLIPEmbedderForSDXLWithCustomWords,
+        )
+        return embedder.transformer.text_model.embeddings, kinds[sdxl]
+    if embedder.return_pooled:
+        return embedder.model, sd_hijack_open_clip.FrozenOpenCLIPEmbedder2WithCustomWords
+    return embedder.model, sd_hijack_open_clip.FrozenOpenCLIPEmbedderWithCustomWords
 
 
 class EmbeddingsWithFixes(torch.nn.Module):

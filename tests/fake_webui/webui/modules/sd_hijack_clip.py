@@ -63,12 +63,22 @@ class TextConditionalModel(torch.nn.Module):
         count = max(map(len, batch))
         batch = [chunks + [empty] * (count - len(chunks)) for chunks in batch]
         parts = [[chunks[i] for chunks in batch] for i in range(count)]
-        return torch.hstack(
-            [self.process_tokens([c.tokens for c in part], [c.multipliers for c in part]) for part in parts]
-        )
+        zs = [self.process_tokens([c.tokens for c in part], [c.multipliers for c in part]) for part in parts]
+        return (torch.hstack(zs), zs[0].pooled) if self.return_pooled else torch.hstack(zs)
 
     def process_tokens(self, remade_batch_tokens, batch_multipliers):
-        z = self.encode_with_transformers(torch.asarray(remade_batch_tokens).to(devices.device))
+        tokens = torch.asarray(remade_batch_tokens).to(devices.device)
+        if self.id_end != self.id_pad:
+            for row, own in zip(tokens, remade_batch_tokens, strict=True):
+                row[own.index(self.id_end) + 1 :] = self.id_pad
+        z = self.encode_with_transformers(tokens)
+        pooled = getattr(z, "pooled", None)
+        z = self.emphasized(z, batch_multipliers)
+        if pooled is not None:
+            z.pooled = pooled
+        return z
+
+    def emphasized(self, z, batch_multipliers):
         if opts.emphasis in ("None", "Ignore"):
             return z
         weighted = z * torch.asarray(batch_multipliers).unsqueeze(-1)
@@ -81,6 +91,7 @@ class FrozenCLIPEmbedderWithCustomWordsBase(TextConditionalModel):
         super().__init__()
         self.hijack = hijack
         self.wrapped = wrapped
+        self.return_pooled = getattr(wrapped, "return_pooled", False)
 
 
 class FrozenCLIPEmbedderWithCustomWords(FrozenCLIPEmbedderWithCustomWordsBase):
@@ -100,3 +111,9 @@ class FrozenCLIPEmbedderWithCustomWords(FrozenCLIPEmbedderWithCustomWordsBase):
         if skip == 1:
             return outputs.last_hidden_state
         return self.wrapped.transformer.text_model.final_layer_norm(outputs.hidden_states[-skip])
+
+
+class FrozenCLIPEmbedderForSDXLWithCustomWords(FrozenCLIPEmbedderWithCustomWords):
+    def encode_with_transformers(self, tokens):
+        layers = self.wrapped.transformer(input_ids=tokens, output_hidden_states=True).hidden_states
+        return layers[-opts.CLIP_stop_at_last_layers if opts.sdxl_clip_l_skip is True else self.wrapped.layer_idx]

@@ -18,7 +18,7 @@ from modules import (
     shared,
 )
 
-from tests.fake_webui.latent_diffusion import LatentDiffusion
+from tests.fake_webui.latent_diffusion import model_of
 
 model_path = os.path.join(paths_internal.models_path, "Stable-diffusion")
 checkpoints_list = {}
@@ -134,7 +134,9 @@ def load_model_weights(model, checkpoint_info, state_dict, timer):
         shared.opts.data["sd_model_checkpoint"] = checkpoint_info.title
     if state_dict is None:
         state_dict = get_checkpoint_state_dict(checkpoint_info, timer)
-    model.is_sd1, model.is_sd2, model.is_sdxl, model.is_ssd, model.is_sd3 = True, False, False, False, False
+    model.is_sdxl = hasattr(model, "conditioner")
+    model.is_sd2 = not model.is_sdxl and hasattr(model.cond_stage_model, "model")
+    model.is_sd1, model.is_ssd, model.is_sd3 = not (model.is_sdxl or model.is_sd2), False, False
     model.latent_channels = 4
     model.load_state_dict(state_dict, strict=False)
     model.float()
@@ -204,7 +206,7 @@ def load_model(checkpoint_info=None, already_loaded_state_dict=None):
         send_model_to_trash(model_data.sd_model)
         model_data.sd_model = None
     state_dict = already_loaded_state_dict or get_checkpoint_state_dict(checkpoint_info, None)
-    sd_model = LatentDiffusion(state_dict)
+    sd_model = model_of(state_dict)
     sd_model.used_config = sd_models_config.find_checkpoint_config(state_dict, checkpoint_info)
     load_model_weights(sd_model, checkpoint_info, state_dict, None)
     send_model_to_device(sd_model)

@@ -19,5 +19,7 @@ options_templates = {
     "sd_checkpoint_hash": OptionInfo(""),
     "sd_checkpoints_limit": OptionInfo(1),
     "sd_model_checkpoint": OptionInfo(None),
+    "sd_noise_schedule": OptionInfo("Default"),
     "sd_vae": OptionInfo("Automatic"),
+    "sdxl_clip_l_skip": OptionInfo(False),
 }

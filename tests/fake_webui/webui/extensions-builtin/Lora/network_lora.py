@@ -1,4 +1,5 @@
 import network
+import torch
 
 
 class ModuleTypeLora:
@@ -12,7 +13,8 @@ class NetworkModuleLora(network.NetworkModule):
     def __init__(self, net, weights):
         super().__init__(net, weights)
         # As the real one: a kind of layer that has no up and down raises.
-        assert weights.sd_module.weight.dim() in (2, 4), f"{self.network_key} matched a layer with unsupported type"
+        known = isinstance(weights.sd_module, torch.nn.MultiheadAttention) or weights.sd_module.weight.dim() in (2, 4)
+        assert known, f"{self.network_key} matched a layer with unsupported type"
         self.up_model = weights.w["lora_up.weight"]
         self.down_model = weights.w["lora_down.weight"]
         self.dim = self.down_model.shape[0]

@@ -42,13 +42,19 @@ def convert_diffusers_name_to_compvis(key, is_sd2):
         return f"diffusion_model_input_blocks_{3 + 3 * int(found[2])}_0_op"
     if found:
         return f"diffusion_model_output_blocks_{2 + 3 * int(found[2])}_{2 if int(found[2]) else 1}_conv"
+    second = re.match(r"lora_te(2?)_text_model_encoder_layers_(\d+)_(.+)", key)
+    if second and (is_sd2 or second[1]):
+        rest = second[3].replace("mlp_fc1", "mlp_c_fc").replace("mlp_fc2", "mlp_c_proj").replace("self_attn", "attn")
+        return f"{'1_' if second[1] else ''}model_transformer_resblocks_{second[2]}_{rest}"
     return re.sub(r"^lora_te_(text_model_encoder_layers_)", r"transformer_\1", key)
 
 
 def assign_network_names_to_compvis_modules(sd_model):
     mapping = {}
-    text = getattr(shared.sd_model.cond_stage_model, "wrapped", shared.sd_model.cond_stage_model)
-    for name, module in [*text.named_modules(), *shared.sd_model.model.named_modules()]:
+    text = shared.sd_model.cond_stage_model
+    texts = {f"{i}_": e.wrapped for i, e in enumerate(text.embedders[:2])} if sd_model.is_sdxl else {"": text.wrapped}
+    named = [(prefix + name, module) for prefix, part in texts.items() for name, module in part.named_modules()]
+    for name, module in [*named, *shared.sd_model.model.named_modules()]:
         module.network_layer_name = name.replace(".", "_")
         mapping[module.network_layer_name] = module
     sd_model.network_layer_mapping = mapping
@@ -60,8 +66,13 @@ def load_network(name, network_on_disk):
     matched = {}
     for key_network, weight in sd_models.read_state_dict(network_on_disk.filename).items():
         before, _, network_part = key_network.partition(".")
-        key = convert_diffusers_name_to_compvis(before, False)
-        sd_module = shared.sd_model.network_layer_mapping.get(key)
+        layers = shared.sd_model.network_layer_mapping
+        key = convert_diffusers_name_to_compvis(before, "model_transformer_resblocks" in layers)
+        # The projections of a packed attention are one module there.
+        sd_module = layers.get(key) or layers.get(re.sub(r"_[qkv]_proj$", "", key))
+        if sd_module is None:
+            key = key.replace("lora_unet", "diffusion_model").replace("lora_te1_text_model", "0_transformer_text_model")
+            sd_module = layers.get(key)
         if sd_module is None:
             continue
         if key not in matched:

@@ -1,0 +1,93 @@
+"""Tiny random checkpoints of other families, with the WebUI's own YAMLs beside them, of which only the sizes differ."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import save_file
+from torch import Tensor
+
+from benchmarks.ldm import clip_state, open_clip_state, unet_state
+from tests.ldm import vae_state
+from tests.tiny import VAE
+
+REPOSITORIES = Path(os.environ.get("WEBUI_DIR", "")) / "repositories"
+XL = REPOSITORIES / "generative-models" / "configs" / "inference" / "sd_xl_base.yaml"
+V2 = REPOSITORIES / "stable-diffusion-stability-ai" / "configs" / "stable-diffusion"
+# The smallest text encoder that OpenCLIP knows, and the demo's.
+ARCH, WIDE, LAYERS = "ViT-S-32-alt", 256, 10
+CLIP = {
+    "vocab_size": 49408,
+    "hidden_size": 64,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "max_position_embeddings": 77,
+}
+UNET = {"layers_per_block": 2, "use_linear_projection": True}
+UNET_XL = UNET | {
+    "block_out_channels": (32, 64, 128),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 1, 2),
+    "attention_head_dim": (1, 2, 4),
+    "cross_attention_dim": CLIP["hidden_size"] + WIDE,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": WIDE + 6 * 256,
+}
+UNET_2 = UNET | {
+    "block_out_channels": (32, 64, 128, 128),
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+    "attention_head_dim": (1, 2, 4, 4),
+    "cross_attention_dim": WIDE,
+}
+SIZES = {"model_channels": 32, "num_head_channels": 32, "use_checkpoint": False}
+
+
+def write_xl(folder: Path, name: str, clip: Path, *, v: bool = False, keys: tuple[str, ...] = ()) -> None:
+    """`folder`/NAME.safetensors of SDXL's form, its first text encoder's config in `clip`; with `v` its YAML says that
+    it predicts v, and `keys` are empty tensors in the file."""
+    config = yaml.safe_load(XL.read_text())
+    params = config["model"]["params"]
+    sizes = {"adm_in_channels": UNET_XL["projection_class_embeddings_input_dim"], "transformer_depth": [1, 1, 2]}
+    params["network_config"]["params"] |= SIZES | sizes | {"context_dim": UNET_XL["cross_attention_dim"]}
+    first, second, *_ = params["conditioner_config"]["params"]["emb_models"]
+    first["params"] = {"version": str(clip), "layer": "hidden", "layer_idx": CLIP["num_hidden_layers"] - 1}
+    second["params"]["arch"] = ARCH
+    if v:
+        for part, kind in (("scaling_config", "denoiser_scaling.V"), ("weighting_config", "denoiser_weighting.V")):
+            target = params["denoiser_config"]["params"][part]
+            target["target"] = target["target"].replace(kind[:-1] + "Eps", kind)
+    shapes = unet_state(UNET_XL) | clip_state("conditioner.embedders.0.transformer.", CLIP)
+    shapes |= open_clip_state("conditioner.embedders.1.model.", width=WIDE, layers=LAYERS)
+    _write(folder / name, config, shapes, dict.fromkeys(keys, torch.tensor([])))
+
+
+def write_2(folder: Path, name: str, *, v: bool = False) -> None:
+    """`folder`/NAME.safetensors of the form of Stable Diffusion 2.x, which predicts noise, or `v`."""
+    config = yaml.safe_load((V2 / ("v2-inference-v.yaml" if v else "v2-inference.yaml")).read_text())
+    params = config["model"]["params"]
+    params["unet_config"]["params"] |= SIZES | {"context_dim": WIDE}
+    params["cond_stage_config"]["params"]["arch"] = ARCH
+    shapes = unet_state(UNET_2) | open_clip_state("cond_stage_model.model.", width=WIDE, layers=LAYERS)
+    _write(folder / name, config, shapes, {})
+
+
+def _write(target: Path, config: dict[str, Any], shapes: Mapping[str, tuple], extra: dict[str, Tensor]) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def fill(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+        fan = max(1, torch.Size(shape[1:]).numel()) if len(shape) > 1 else 100
+        return (torch.randn(shape, generator=generator) / fan**0.5).to(dtype)
+
+    state = vae_state(VAE, torch.float32, fill) | {name: fill(shape) for name, shape in shapes.items()}
+    first_stage = config["model"]["params"]["first_stage_config"]["params"]["ddconfig"]
+    first_stage |= {"ch": 32, "ch_mult": [1, 1, 1, 1], "num_res_blocks": 1}
+    save_file(state | extra, target.with_suffix(".safetensors"))
+    target.with_suffix(".yaml").write_text(yaml.safe_dump(config))
