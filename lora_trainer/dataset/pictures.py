@@ -13,6 +13,7 @@ from lora_trainer.dataset.buckets import Bucket
 from lora_trainer.dataset.cache import Cache, key_of
 from lora_trainer.dataset.crops import Sizes
 from lora_trainer.dataset.decode import Cut, content_hash, cut
+from lora_trainer.dataset.holes import HOLES, holes
 from lora_trainer.dataset.images import ImageError, load_image
 from lora_trainer.dataset.items import Item
 from lora_trainer.dataset.masks import mask_tensor
@@ -26,7 +27,8 @@ MOST_PIXELS = 4 * 512 * 512
 class Picture:
     """A picture at one size: the posteriors of its views' latents, [views, 4, h, w], or the views' pixels, [1, 3, H, W]
     uint8 each, still to be encoded; what SDXL is told of each, [views, 6] int64; its place in the cache; and what they
-    show of its mask, [views, h, w] uint8, where it has one."""
+    show of its mask, [views, h, w] uint8, where it has one. For an inpainting model its `holes` (`holes.holes`), and
+    behind the views' posteriors those of the views with them."""
 
     bucket: Bucket
     key: str
@@ -34,6 +36,7 @@ class Picture:
     moments: Moments | None = None
     pixels: tuple[Tensor, ...] = ()
     mask: Tensor | None = None
+    holes: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -45,11 +48,14 @@ class Opened:
     why: str | None = None
 
 
-def opened(item: Item, sizes: Sequence[Sizes], cache: Cache, vae_key: str, *, factor: int) -> Opened:
+def opened(
+    item: Item, sizes: Sequence[Sizes], cache: Cache, vae_key: str, *, factor: int, holed: bool = False
+) -> Opened:
     """What the cache has of a picture and its mask, else they themselves, once a bucket; latents are `factor` times
-    smaller. It may run in a thread."""
+    smaller; `holed`: with holes too. It may run in a thread."""
     try:
-        return Opened(item, _read(item, sizes, cache, vae_key, factor))
+        pictures = _read(item, sizes, cache, (vae_key, HOLES, item.path.name) if holed else vae_key, factor)
+        return Opened(item, tuple(_holed(picture, item.path.name) for picture in pictures) if holed else pictures)
     except (ImageError, ValueError) as error:
         return Opened(item, why=str(error))
 
@@ -70,7 +76,11 @@ def on_gpu(vae: AutoencoderKL) -> bool:
     return next(vae.parameters()).is_cuda
 
 
-def _read(item: Item, sizes: Sequence[Sizes], cache: Cache, vae_key: str, factor: int) -> tuple[Picture, ...]:
+def _holed(picture: Picture, name: str) -> Picture:
+    return replace(picture, holes=holes(name, len(picture.sizes), (picture.bucket.width, picture.bucket.height)))
+
+
+def _read(item: Item, sizes: Sequence[Sizes], cache: Cache, vae_key: object, factor: int) -> tuple[Picture, ...]:
     content, mask = (content_hash(path) if cache.folder and path else None for path in (item.path, item.mask))
     keys = [key_of("latents", content, vae_key, size) for size in sizes]
     found = [_cached(cache, key) for key in keys]
@@ -107,13 +117,30 @@ def _cached(cache: Cache, key: str) -> Picture | None:
 def _together(pictures: Sequence[Picture], vae: AutoencoderKL) -> list[Picture]:
     """Encode pictures of one bucket."""
     device = next(vae.parameters()).device
-    views = [pixels for picture in pictures for pixels in picture.pixels]
+    views = [view for picture in pictures for view in _seen(picture)]
     count = max(1, MOST_PIXELS // pictures[0].bucket.area) if on_gpu(vae) else 1
-    batches = [torch.cat(views[start : start + count]) for start in range(0, len(views), count)]
-    moments = joined([posterior(vae, scaled(batch.to(device))) for batch in batches])
-    counts = [len(picture.pixels) for picture in pictures]
+    batches = [zip(*views[start : start + count], strict=True) for start in range(0, len(views), count)]
+    moments = joined([posterior(vae, _shown(*batch, device)) for batch in batches])
+    counts = [len(_seen(picture)) for picture in pictures]
     each = zip(pictures, moments.mean.split(counts), moments.std.split(counts), strict=True)
     return [replace(picture, moments=Moments(mean, std), pixels=()) for picture, mean, std in each]
+
+
+def _seen(picture: Picture) -> list[tuple[Tensor, Tensor | None]]:
+    """The pixels of each view, then of each with each of its holes."""
+    views = [(pixels, None) for pixels in picture.pixels]
+    if picture.holes is None:
+        return views
+    return views + [(picture.pixels[number // HOLES], hole) for number, hole in enumerate(picture.holes)]
+
+
+def _shown(pixels: Sequence[Tensor], masks: Sequence[Tensor | None], device: torch.device) -> Tensor:
+    """[B, 3, H, W] in -1 … 1, gray in the holes."""
+    shown = scaled(torch.cat(pixels).to(device))
+    for row, mask in zip(shown, masks, strict=True):
+        if mask is not None:
+            row.masked_fill_(mask.to(device), 0)
+    return shown
 
 
 def _finished(one: Opened, pictures: tuple[Picture, ...], cache: Cache) -> Opened:

@@ -21,7 +21,7 @@ from lora_trainer.dataset.rules import Rules, variants
 from lora_trainer.dataset.samples import Prepared, Sample, Text, length
 from lora_trainer.errors import DataError
 from lora_trainer.events import EventSink, Notice, Progress
-from lora_trainer.models.latents import latent_shape, sampled
+from lora_trainer.models.latents import Moments, latent_shape, sampled
 
 # Draws the posterior's noise for (index of the item, number of its view, shape of its latents): [1, *shape] float32.
 LatentNoise = Callable[[int, int, tuple[int, int, int]], Tensor]
@@ -48,7 +48,7 @@ class Encoders:
 
     `vae_key` and `text_key` tell in a cache what they are; a caption is not cached without a key. Captions change by
     `rules`; with `live` they are read when they are drawn. In a run with masks `unmasked` is how much counts what they
-    leave out.
+    leave out. `holed`: an inpainting model is shown the pictures with holes.
     """
 
     vae: AutoencoderKL
@@ -59,6 +59,7 @@ class Encoders:
     rules: Rules = NO_RULES
     live: bool = False
     unmasked: float | None = None
+    holed: bool = False
 
     @property
     def factor(self) -> int:
@@ -83,7 +84,8 @@ def prepare(
     """
     kept = Encoded() if kept is None else kept
     rest = items[kept.count :]
-    read = partial(opened, sizes=sizes, cache=encoders.cache, vae_key=encoders.vae_key, factor=encoders.factor)
+    where = {"cache": encoders.cache, "vae_key": encoders.vae_key, "factor": encoders.factor, "holed": encoders.holed}
+    read = partial(opened, sizes=sizes, **where)
     together = MOST_TOGETHER if on_gpu(encoders.vae) else 1
     with made_ahead(rest, read) as made:
         while window := [ready() for ready in islice(made, together)]:
@@ -117,11 +119,22 @@ def _samples(
     for picture in one.pictures:
         before = sum(len(sample.latents) for sample in samples)
         shape = latent_shape(encoders.vae, picture.bucket.width, picture.bucket.height)
-        drawn = torch.cat([noise(before + number, shape) for number in range(len(picture.sizes))])
-        latents = sampled(encoders.vae, picture.moments, drawn).cpu()
+        views = len(picture.sizes)
+        drawn = torch.cat([noise(before + number, shape) for number in range(views)])
+        latents = sampled(encoders.vae, Moments(*(x[:views] for x in picture.moments)), drawn).cpu()
         mask = None if encoders.unmasked is None else _mask(picture, latents, encoders.unmasked)
-        samples.append(Sample(one.item, picture.bucket, latents, picture.sizes, plain, tokens, mask))
+        shown = _shown(picture, encoders) if encoders.holed else None
+        samples.append(Sample(one.item, picture.bucket, latents, picture.sizes, plain, tokens, mask, shown))
     return samples
+
+
+def _shown(picture: Picture, encoders: Encoders) -> Tensor:
+    """[views, HOLES, 5, h, w]: each mask, and the likeliest latents of the view with it. Masks shrink as the WebUI and
+    CompVis' code shrink them, to the nearest pixel."""
+    views, factor = len(picture.sizes), encoders.factor
+    latents = picture.moments.mean[views:].cpu() * encoders.vae.config.scaling_factor
+    masks = picture.holes[:, None, ::factor, ::factor].to(latents.dtype)
+    return torch.cat([masks, latents], dim=1).unflatten(0, (views, -1))
 
 
 def _mask(picture: Picture, latents: Tensor, unmasked: float) -> Tensor:

@@ -22,7 +22,7 @@ class Sample:
     """One image at one size, ready, on the CPU: the latents of its views, [views, 4, h, w] float32, the plainest first;
     what SDXL is told of each, [views, 6] int64 (`crops.View.sizes`); and its caption as written. `tokens`: what its
     captions are filled up to. `mask`: how much each part of the latents counts, [views, h, w] float32, in a run with
-    masks."""
+    masks. `shown`: what an inpainting model is shown beside the noisy latents, [views, holes, 5, h, w] float32."""
 
     item: Item
     bucket: Bucket
@@ -31,12 +31,17 @@ class Sample:
     text: Text
     tokens: int
     mask: Tensor | None = None
+    shown: Tensor | None = None
 
     def view(self, choices: Choices) -> dict[str, Tensor]:
-        """`latents` [4, h, w] and `sizes` [6] of one visit; with masks, `mask` [1, h, w]."""
+        """`latents` [4, h, w] and `sizes` [6] of one visit; with masks, `mask` [1, h, w]; and `shown` [5, h, w]."""
         at = choices.one_of(len(self.latents))
         seen = {"latents": self.latents[at], "sizes": self.sizes[at]}
-        return seen if self.mask is None else {**seen, "mask": self.mask[at : at + 1]}
+        if self.mask is not None:
+            seen["mask"] = self.mask[at : at + 1]
+        if self.shown is not None:
+            seen["shown"] = self.shown[at, choices.one_of(self.shown.shape[1])]
+        return seen
 
     @property
     def group(self) -> Hashable:

@@ -136,8 +136,9 @@ _TRANSFORMERS = {
     "head.modulation": "a Wan checkpoint",
 }
 _NF4 = (".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4", ".weight.absmax")
-# The number of channels a UNet takes, where it is shown more than the noised latents.
-_SHOWN_MORE = {9: "an inpainting checkpoint", 8: "an editing checkpoint", 5: "a depth checkpoint", 7: "an upscaler"}
+# The number of channels a UNet takes: the noisy latents alone, or with mask and latents of what it leaves (inpainting).
+_TRAINED = (4, 9)
+_SHOWN_MORE = {8: "an editing checkpoint", 5: "a depth checkpoint", 7: "an upscaler"}
 _MIDDLE = _UNET + "middle_block.1.transformer_blocks.0.attn1.to_q.weight"
 
 
@@ -167,9 +168,9 @@ def detect(shapes: Shapes, name: str) -> Family:
     if len(entrance) != 4:
         raise ModelError(f"{name}: not {SUPPORTED}: the UNet's first convolution has the shape {list(entrance)}")
     channels = entrance[1]
-    if channels != 4:
+    if channels not in _TRAINED:
         what = _SHOWN_MORE.get(channels, "of a kind that is not known here")
-        raise ModelError(f"{name}: the UNet takes {channels} channels ({what}); expected 4")
+        raise ModelError(f"{name}: the UNet takes {channels} channels ({what}); expected 4, or 9 for inpainting")
     if family is SDXL and not shapes.get(_MIDDLE):
         raise ModelError(
             f"{name}: this is an SDXL without the attention in its middle (SSD-1B, Segmind Vega); expected {SUPPORTED}"

@@ -15,6 +15,7 @@ from lora_trainer.errors import ConfigError
 from lora_trainer.models.bridge import open_clip_view, text_view, unet_view, vae_view
 from lora_trainer.models.checkpoint import V_PREDICTION, ZERO_TERMINAL, read_shapes, read_tensors
 from lora_trainer.models.families import Family, detect, predicting
+from lora_trainer.models.inpainting import TOLD, inpaints, paint_all
 from lora_trainer.models.ldm_yaml import LdmConfig, read_beside
 from lora_trainer.models.model import CheckpointHashes, Model, ModelFacts
 from lora_trainer.models.noise import NoiseSchedule, Prediction, scaled_linear
@@ -63,7 +64,11 @@ def model_of(
     config = read_beside(path)
     unet = unet_view(state, **heads_of(family, config))
     told = list(notices(state, config))
-    if family.probed and config.parameterization is None and V_PREDICTION not in state:
+    vae = vae_view(state, scale_factor=config.scale_factor or family.scale_factor)
+    paint_all(unet, vae)
+    if inpaints(unet):
+        told.append(TOLD)
+    elif family.probed and config.parameterization is None and V_PREDICTION not in state:
         config = replace(config, parameterization=probe(unet))
         told.append(
             "base model: neither a YAML beside it nor the file says what it predicts; by a test of its UNet, as the "
@@ -73,7 +78,7 @@ def model_of(
     return Model(
         unet=unet,
         text=TextEncoder(bundled(), encoders_of(state, family, clip_skip, folder=config.text_folder)),
-        vae=vae_view(state, scale_factor=config.scale_factor or family.scale_factor),
+        vae=vae,
         noise=noise.to(device),
         facts=ModelFacts(
             name=path.name,

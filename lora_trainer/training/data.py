@@ -22,6 +22,7 @@ from lora_trainer.dataset.samples import Prepared
 from lora_trainer.errors import DataError
 from lora_trainer.events import EventSink, Notice
 from lora_trainer.models.fingerprint import fingerprint
+from lora_trainer.models.inpainting import inpaints
 from lora_trainer.models.model import Model
 from lora_trainer.training import randomness
 from lora_trainer.training.regularization import own_folders, regularization
@@ -150,6 +151,7 @@ def _encoders(config: Config, model: Model) -> Encoders:
         cache,
         rules_of(config),
         unmasked=config.unmasked_weight if config.masked_loss else None,
+        holed=inpaints(model.unet),
     )
 
 

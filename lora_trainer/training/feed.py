@@ -118,6 +118,7 @@ class Feed:
             t=self.noising.timesteps(self.seed, batch.visits, self.timesteps),
             weight=torch.tensor(weights) / total,
             mask=seen.get("mask"),
+            shown=seen.get("shown"),
             mask_keys=randomness.mask_keys(self.seed, batch.visits),
             preserved=stacked(others) if others else None,
             **with_sizes(stacked(own), seen["sizes"]),

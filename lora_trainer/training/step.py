@@ -37,7 +37,8 @@ class Batch:
     mask_keys: [B, 2] int32. The captions: context [B, 77 n, width], or, to be encoded in the step, their token ids
     [B, n, 77] int64, with their emphasis of that shape where they have it. SDXL's: pooled [B, width], and sizes [B, 6]
     with original (height, width), crop (top, left) and target (height, width) in pixels. mask [B, 1, h, w] float32, how
-    much each part of the loss counts, in a run with masks. preserved: with output preservation, the captions without
+    much each part of the loss counts, in a run with masks. shown [B, 5, h, w] float32: an inpainting model's masks and
+    the latents of what they leave. preserved: with output preservation, the captions without
     trigger words, under the same names and in the same shapes.
     """
 
@@ -53,6 +54,7 @@ class Batch:
     sizes: Tensor | None = None
     input_eps: Tensor | None = None
     mask: Tensor | None = None
+    shown: Tensor | None = None
     preserved: Mapping[str, Tensor] | None = None
 
     @property
@@ -153,6 +155,8 @@ class Network:
     def _predicted(self, batch: Batch, latents: Tensor, eps: Tensor) -> Tensor:
         condition = batch.condition(self.encode)
         noisy = self.noise.add_noise(latents, eps if batch.input_eps is None else batch.input_eps, batch.t)
+        if batch.shown is not None:
+            noisy = torch.cat([noisy, batch.shown], dim=1)
         noisy = noisy.contiguous(memory_format=self.memory_format)
         return self.unet(noisy, batch.t, **condition, return_dict=False)[0]
 

@@ -70,6 +70,7 @@ class Validator:
             t=torch.tensor([int((k + 0.5) * timesteps / TIMESTEPS) for _, k in draws]),
             weight=torch.ones(len(draws)),
             mask=seen.get("mask"),
+            shown=seen.get("shown"),
             mask_keys=torch.zeros(len(draws), 2, dtype=torch.int32),
             **with_sizes(stacked([sample.text for sample in samples]), seen["sizes"]),
         )

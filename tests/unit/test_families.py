@@ -64,10 +64,15 @@ def test_other_kinds_are_named(sdxl, name):
         assert NAMES[name] in refused(beside | {name: (1,)})
 
 
-@pytest.mark.parametrize(("channels", "words"), [(9, "inpainting"), (8, "editing"), (5, "depth"), (6, "not known")])
+@pytest.mark.parametrize(("channels", "words"), [(8, "editing"), (5, "depth"), (6, "not known")])
 def test_a_unet_that_is_shown_more_is_named(sd1, sdxl, channels, words):
     for shapes in (sd1, sdxl):
         assert words in refused(shapes | {CONV_IN: (32, channels, 3, 3)})
+
+
+def test_a_unet_for_inpainting_is_its_family(sd1, sdxl):
+    assert detect(sd1 | {CONV_IN: (32, 9, 3, 3)}, "x") is SD1
+    assert detect(sdxl | {CONV_IN: (32, 9, 3, 3)}, "x") is SDXL
 
 
 def test_what_was_cut_out_of_sdxl_is_named(sdxl):

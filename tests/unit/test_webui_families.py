@@ -239,9 +239,9 @@ def as_ssd(ui) -> None:
     del ui.model.model.diffusion_model.middle_block._modules["1"]
 
 
-def as_inpainting(ui) -> None:
+def as_editing(ui) -> None:
     first = ui.model.model.diffusion_model.input_blocks._modules["0"]._modules["0"]
-    first.weight = torch.nn.Parameter(torch.zeros(32, 9, 3, 3))
+    first.weight = torch.nn.Parameter(torch.zeros(32, 8, 3, 3))
 
 
 def as_refiner(ui) -> None:
@@ -264,7 +264,7 @@ def as_playground(ui) -> None:
     ("change", "words"),
     [
         (as_ssd, "SSD-1B"),
-        (as_inpainting, "an inpainting checkpoint"),
+        (as_editing, "an editing checkpoint"),
         (as_refiner, "an SDXL refiner checkpoint"),
         (as_sd3, "a Stable Diffusion 3 checkpoint"),
         (as_playground, "Playground"),

@@ -162,12 +162,15 @@ def test_no_checkpoint_at_all_is_an_error(ui, monkeypatch):
     models.give_back()
 
 
-def test_an_inpainting_checkpoint_is_refused(ui):
+def test_an_inpainting_checkpoint_is_lent_too(ui):
     unet = ui.model.model.diffusion_model
     first = unet.input_blocks._modules["0"]._modules["0"]
     first.weight = torch.nn.Parameter(torch.zeros(32, 9, 3, 3))
-    with pytest.raises(ModelError, match="inpainting"), lent(ui).borrow():
-        pass
+    with lent(ui).borrow() as model:
+        assert model.unet.conv_in.weight.data_ptr() == first.weight.data_ptr()
+        assert any("an inpainting checkpoint" in notice for notice in model.facts.notices)
+        said = model.text.embed("a cat")
+        assert model.unet(torch.zeros(1, 4, 8, 8), torch.tensor([1]), encoder_hidden_states=said).sample.shape[1] == 4
 
 
 def test_captions_are_literal_or_prompts(ui):
@@ -180,6 +183,19 @@ def test_captions_are_literal_or_prompts(ui):
         assert prompt.text.embed("a BREAK dog").shape[1] == 154
         assert literal.text.embed("a BREAK dog").shape[1] == 77
         assert not torch.equal(literal.text.embed("a (cat:1.5)"), prompt.text.embed("a (cat:1.5)"))
+
+
+@pytest.mark.parametrize("syntax", ["literal", "webui"])
+def test_another_layer_than_the_webuis_is_heard(ui, syntax):
+    caption = "a cat, sitting" if syntax == "literal" else "a (cat:1.5) BREAK dog"
+    ui("shared").opts.CLIP_stop_at_last_layers = 2
+    expected = ui.model.cond_stage_model([caption])
+    with lent(ui, caption_syntax=syntax).borrow() as model:
+        assert torch.equal(model.text.embed(caption), expected)
+    ui("shared").opts.CLIP_stop_at_last_layers = 1
+    assert not torch.allclose(ui.model.cond_stage_model([caption]), expected, atol=1e-3)
+    with lent(ui, caption_syntax=syntax, clip_skip=2).borrow() as model:
+        torch.testing.assert_close(model.text.embed(caption), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("trained", [True, False])

@@ -79,6 +79,17 @@ def write_2(folder: Path, name: str, *, v: bool = False) -> None:
     _write(folder / name, config, shapes, {})
 
 
+def write_inpainting(folder: Path, name: str, clip: Path) -> None:
+    """`folder`/NAME.safetensors of the form of Stable Diffusion 1.5's for inpainting; `clip` as in `write_xl`."""
+    config = yaml.safe_load((REPOSITORIES.parent / "configs" / "v1-inpainting-inference.yaml").read_text())
+    params = config["model"]["params"]
+    params["unet_config"]["params"] |= {"model_channels": 32, "num_heads": 4, "context_dim": CLIP["hidden_size"]}
+    params["cond_stage_config"]["params"] = {"version": str(clip)}
+    sizes = {"in_channels": 9, "cross_attention_dim": CLIP["hidden_size"], "use_linear_projection": False}
+    shapes = unet_state(UNET_2 | sizes) | clip_state("cond_stage_model.transformer.", CLIP)
+    _write(folder / name, config, shapes, {})
+
+
 def _write(target: Path, config: dict[str, Any], shapes: Mapping[str, tuple], extra: dict[str, Tensor]) -> None:
     generator = torch.Generator().manual_seed(0)
 

@@ -71,7 +71,8 @@ with queue_lock, torch.no_grad():
     restored = unet(x, t, context=encoder(prompts))
     model = view_of(sd_model, build({"base_model": "x", "train_data_dir": "y"}))
     apply_lora(model, Path(networks.available_networks[NAME].filename))
-    ours = model.unet(x, t, encoder_hidden_states=torch.cat([model.text.embed(p) for p in prompts])).sample
+    contexts = [model.text.encode(model.text.tokenize(p)) for p in prompts]
+    ours = model.unet(x, t, encoder_hidden_states=torch.cat(contexts)).sample
     result = {
         "apart": (ours - theirs).abs().max().item(),
         "effect": (theirs - base).abs().max().item(),
@@ -158,7 +159,8 @@ SYNTAX = ["a (cat:1.4), [dog] BREAK (mat)", "a cat, sitting on a mat, " * 20]
 with queue_lock, torch.no_grad():
     sd_model = sd_models.model_data.sd_model
     unmerge(sd_model)
-    x = torch.randn(2, 4, 8, 16, generator=torch.Generator().manual_seed(3))
+    channels = sd_model.model.diffusion_model.in_channels
+    x = torch.randn(2, channels, 8, 16, generator=torch.Generator().manual_seed(3))
     t = torch.tensor([100, 700])
     SNIPPET
 """

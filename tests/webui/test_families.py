@@ -11,16 +11,17 @@ import pytest
 from PIL import Image
 from safetensors import safe_open
 
-from tests.webui.families import write_2, write_xl
+from tests.webui.families import write_2, write_inpainting, write_xl
 from tests.webui.server import WORLD
 from tests.webui.snippets import DIGEST, applied_to_any, compared
 
-# name: (family, prediction, version on the card, tensors of the UNet, modules of UNet and text encoders)
+# name: (family, prediction, version on the card)
 CASES = {
     "tiny-xl": ("SDXL", "epsilon", "SDXL"),
     "tiny-xl-v": ("SDXL", "v", "SDXL"),
     "tiny-2": ("Stable Diffusion 2.x", "epsilon", "SD2"),
     "tiny-2-v": ("Stable Diffusion 2.x", "v", "SD2"),
+    "tiny-holes": ("Stable Diffusion 1.x", "epsilon", "SD1"),
 }
 PROMPT = "twemoji emoji of red apple"
 
@@ -33,6 +34,7 @@ def ui(webui):
     write_xl(models, "tiny-xl-v", clip, v=True, keys=("v_pred", "ztsnr"))
     write_2(models, "tiny-2")
     write_2(models, "tiny-2-v", v=True)
+    write_inpainting(models, "tiny-holes", clip)
     webui.post("/sdapi/v1/refresh-checkpoints")
     # What it shows of a picture in the making needs a download for SDXL.
     webui.post("/sdapi/v1/options", {"show_progress_type": "Approx cheap"})

@@ -24,24 +24,31 @@ def text_of(sd_model: Any, state: dict[str, Tensor], family: Family, config: Con
     embedders = tuple(embedders_of(sd_model).values())
     stop = int(shared.opts.CLIP_stop_at_last_layers)
     clip = getattr(embedders[0].wrapped, "transformer", None)
-    views = encoders_of(
-        state, family, config.clip_skip or (stop if family.clip_skip else None), config=getattr(clip, "config", None)
-    )
-    if len(views) > 1 and config.clip_skip is None and getattr(shared.opts, "sdxl_clip_l_skip", False):
-        views = (replace(views[0], clip_skip=stop), *views[1:])
+    views = encoders_of(state, family, config.clip_skip, config=getattr(clip, "config", None))
+    moved = len(views) > 1 and getattr(shared.opts, "sdxl_clip_l_skip", False)
+    heard = stop if moved or family.clip_skip else family.text[0].layer
+    if config.clip_skip is None:
+        views = (replace(views[0], clip_skip=heard), *views[1:])
+    own_layer = views[0].clip_skip != heard
     if config.caption_syntax == "literal":
-        return HostEncoder(_literal(embedders[0]), views, embedders)
-    return PromptEncoder(_literal(embedders[0]), views, embedders, shared.opts.emphasis)
+        return HostEncoder(_literal(embedders[0]), views, embedders, own_layer)
+    return PromptEncoder(_literal(embedders[0]), views, embedders, own_layer, shared.opts.emphasis)
 
 
 @dataclass(frozen=True)
 class HostEncoder(TextEncoder):
     """Frozen captions are encoded by the WebUI's own encoders, one chunk after the other as it does it: the views round
-    otherwise where an attention is packed."""
+    otherwise where an attention is packed. `own_layer`: by the views after all, since they are to be heard at another
+    layer than the WebUI hears its own at."""
 
     embedders: tuple[Any, ...] = ()
+    own_layer: bool = False
 
     def read(self, caption: str) -> Conditions:
+        if self.own_layer:
+            told = {name: t.to(next(self.module.parameters()).device) for name, t in self.tokens(caption).items()}
+            with torch.no_grad():
+                return self.conditions(told["ids"], told.get("emphasis"))
         with torch.no_grad(), devices.autocast():
             said = [self._say(embedder, caption) for embedder in self.embedders]
         pooled = next((vector for _, vector in said if vector is not None), None)

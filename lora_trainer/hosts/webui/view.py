@@ -14,6 +14,7 @@ from lora_trainer.hosts.webui.prompts import text_of
 from lora_trainer.hosts.webui.tensors import family_of, name_of, state_of
 from lora_trainer.models.bridge import unet_view, vae_view
 from lora_trainer.models.families import predicting
+from lora_trainer.models.inpainting import TOLD, inpaints, paint_all
 from lora_trainer.models.model import CheckpointHashes, Model, ModelFacts
 
 
@@ -24,11 +25,13 @@ def view_of(sd_model: Any, config: Config) -> Model:
     family = family_of(sd_model, state)
     state = {name: _computable(tensor) for name, tensor in state.items()}
     unet = unet_view(state, **_heads(sd_model))
+    vae = vae_view(state, scale_factor=float(sd_model.scale_factor))
+    paint_all(unet, vae)
     noise, told = drawn_as(sd_model)
     return Model(
         unet=unet,
         text=text_of(sd_model, state, family, config),
-        vae=vae_view(state, scale_factor=float(sd_model.scale_factor)),
+        vae=vae,
         noise=noise.to(devices.device),
         facts=ModelFacts(
             name=name_of(sd_model),
@@ -36,7 +39,7 @@ def view_of(sd_model: Any, config: Config) -> Model:
             device=next(unet.parameters()).device,
             dtype=unet.dtype,
             hashes=_hashes(sd_model),
-            notices=told,
+            notices=(*told, TOLD) if inpaints(unet) else told,
         ),
     )
 
