@@ -197,6 +197,15 @@ def test_what_it_predicts(ui, keys, yaml, drawn, setting, prediction, ends, told
         assert all(words in notice for words, notice in zip(told, model.facts.notices, strict=True))
 
 
+@pytest.mark.parametrize(("name", "words"), [("xl", "VScaling"), ("two", 'parameterization: "v"')])
+def test_it_is_said_how_the_webui_would_draw_it_rightly(ui, name, words):
+    rewritten(ui, name, "v_pred")
+    with lent(ui).borrow() as model:
+        (notice,) = model.facts.notices
+    assert f"{name}.yaml" in notice
+    assert words in notice
+
+
 def test_stable_diffusion_2_that_predicts_v_trains_at_its_size(ui):
     ui.choose("two")
     with lent(ui).borrow() as model:

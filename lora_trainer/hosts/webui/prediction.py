@@ -28,8 +28,7 @@ def drawn_as(sd_model: Any) -> tuple[NoiseSchedule, tuple[str, ...]]:
         prediction = "v"
         told.append(
             "base model: its key v_pred says that it predicts v, and so it is trained; this WebUI draws it as epsilon, "
-            f"previews too, until {yaml.name} beside it says otherwise (a copy of the WebUI's sd_xl_base.yaml with "
-            "VScaling in place of EpsScaling)"
+            f"previews too, until {yaml.name} beside it says otherwise: a copy of {_copied(sd_model)}"
         )
     noise = NoiseSchedule(sd_model.alphas_cumprod_original.float(), prediction)
     drawn_without_signal = getattr(shared.opts, "sd_noise_schedule", "") == _ON
@@ -45,3 +44,10 @@ def drawn_as(sd_model: Any) -> tuple[NoiseSchedule, tuple[str, ...]]:
         )
     ends_in_noise = ZERO_TERMINAL in keys or (drawn_without_signal and prediction == "v")
     return noise.zero_terminal() if ends_in_noise else noise, tuple(told)
+
+
+def _copied(sd_model: Any) -> str:
+    """What to copy beside a checkpoint that predicts v."""
+    if hasattr(sd_model, "conditioner"):
+        return "the WebUI's sd_xl_base.yaml with VScaling in place of EpsScaling"
+    return 'the YAML that the WebUI loads it with, and under params: parameterization: "v"'
