@@ -23,6 +23,9 @@ def build(*sources: Mapping[str, object], family: str = "sd15") -> Config:
     given = {key: value for source in sources for key, value in source.items()}
     preset = preset_values(given.get("preset"), family)
     merged = {**preset, **given}
+    if str(merged.get("mode")).lower() == "slider":
+        # It draws its own pictures where it is given none.
+        merged.setdefault("train_data_dir", "")
     strange = [key for key in merged if key not in options()]
     # Searching a near name takes its time, and ConfigError shows no more of them.
     found = [unknown(key) for key in strange[: MAX_LINES + 1]]
@@ -91,8 +94,8 @@ def output_name_of(config: Config) -> str:
     """The LoRA's name: the one given, else a readable one such as `style-train-r8-e10`."""
     if config.output_name is not None:
         return config.output_name
-    folder = FORBIDDEN.sub("", Path(config.train_data_dir).resolve().name)
-    slug = re.sub(r"[\s_]+", "-", folder).strip("-. ") or "lora"
+    learned = config.slider_positive if config.mode == "slider" else Path(config.train_data_dir).resolve().name
+    slug = re.sub(r"[\s_]+", "-", FORBIDDEN.sub("", learned)).strip("-. ") or "lora"
     length = f"s{config.max_train_steps}" if config.max_train_steps else f"e{config.epochs}"
     kept = slug.encode()[: MAX_NAME_BYTES - 30].decode(errors="ignore")
     return f"{kept}-r{config.lora_rank}-{length}"

@@ -11,6 +11,7 @@ import msgspec
 import yaml
 
 from lora_trainer.config.adapting import LORA
+from lora_trainer.config.modes import Modes
 from lora_trainer.config.options import Option, options
 from lora_trainer.config.presets import FAMILIES, PRESETS, Preset
 from lora_trainer.config.schema import GROUPS, PATHS, TRUSTED, Config
@@ -19,6 +20,7 @@ PRIVATE = ("sample_prompts", "sample_negative_prompt")
 TEXT_ENCODER = ("train_text_encoder", "text_encoder_rank", "text_encoder_alpha", "text_encoder_lr", "text_encoder_2_lr")
 # What an ordinary LoRA says of itself; of the other settings of what is trained only those that were made.
 PLAIN = ("lora_rank", "lora_alpha", "lora_dropout", "target_modules", "train_text_encoder", "text_encoder_lr")
+MODE = tuple(Modes.__struct_fields__)
 TABLE_START, TABLE_END = "<!-- options:start -->", "<!-- options:end -->"
 PRESETS_START, PRESETS_END = "<!-- presets:start -->", "<!-- presets:end -->"
 
@@ -47,13 +49,15 @@ _Dumper.add_representer(str, _text)
 
 def to_header(config: Config) -> str:
     """JSON for the file's header: absolute paths and previews are left out unless `metadata_private`, and the settings
-    of a text encoder that is not trained, what makes a LoRA no ordinary one and was not asked for, and always what
-    names code."""
+    of a text encoder that is not trained and of modes that are not used, what makes a LoRA no ordinary one and was not
+    asked for, and always what names code."""
     values = {key: value for key, value in msgspec.to_builtins(config).items() if key not in TRUSTED}
     usual = {o.key: o.default for o in _of(LORA) if o.key not in PLAIN}
     values = {key: value for key, value in values.items() if key not in usual or value != usual[key]}
     if not config.train_text_encoder:
         values = {key: value for key, value in values.items() if key not in TEXT_ENCODER}
+    if config.mode == "images":
+        values = {key: value for key, value in values.items() if key not in MODE}
     if not config.metadata_private:
         values = {key: value for key, value in values.items() if key not in PRIVATE and not _reveals(key, value)}
         values["concepts"] = [

@@ -7,11 +7,12 @@ from typing import Annotated, Literal
 import msgspec
 
 from lora_trainer.config.declare import about
+from lora_trainer.config.modes import Modes
 
 OPTIMIZER, OBJECTIVE = "Optimizer", "Noise and loss"
 
 
-class Learning(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Learning(Modes, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Part of `schema.Config`. The held-out loss is always the plain one, so that curves can be
     compared; only a mask holds of it too."""
 

@@ -10,6 +10,7 @@ import msgspec
 
 from lora_trainer.config.adapting_rules import RULES as ADAPTING
 from lora_trainer.config.adapting_rules import SCHEDULE_FREE
+from lora_trainer.config.mode_rules import mode_problems
 from lora_trainer.config.schema import PATHS, Config
 from lora_trainer.errors import shown
 
@@ -97,7 +98,7 @@ def _preservation(config: Config) -> Iterator[str]:
 
 def _paths(config: Config) -> Iterator[str]:
     for key in ("base_model", "train_data_dir", "output_dir"):
-        if not getattr(config, key).strip():
+        if not getattr(config, key).strip() and not (key == "train_data_dir" and config.mode == "slider"):
             yield f"{key}: expected a path, found nothing"
     for key in PATHS:
         if "\0" in (getattr(config, key) or ""):
@@ -146,6 +147,7 @@ def _size(config: Config) -> Iterator[str]:
 
 RULES = (
     _size,
+    mode_problems,
     _objective,
     _masks,
     _preservation,

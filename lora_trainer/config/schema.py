@@ -15,17 +15,18 @@ from lora_trainer.config.adapting import LORA, Adapting
 from lora_trainer.config.declare import about as _about
 from lora_trainer.config.judging import PREVIEWS
 from lora_trainer.config.learning import OBJECTIVE, OPTIMIZER
+from lora_trainer.config.modes import MODES
 from lora_trainer.config.presets import NONE, PRESETS
 
 MODEL, DATA, CAPTIONS = "Model", "Data", "Captions"
 TRAINING, OUTPUT = "Training", "Output"
-GROUPS = (MODEL, DATA, CAPTIONS, LORA, TRAINING, OPTIMIZER, OBJECTIVE, OUTPUT, PREVIEWS)
+GROUPS = (MODEL, DATA, CAPTIONS, MODES, LORA, TRAINING, OPTIMIZER, OBJECTIVE, OUTPUT, PREVIEWS)
 # Larger numbers before a folder's name are years and the like.
 MAX_REPEATS = 1000
 # The options that name a file or a folder.
 PATHS = (
     *("base_model", "train_data_dir", "metadata_path", "validation_data_dir", "mask_dir", "reg_data_dir"),
-    *("cache_dir", "output_dir"),
+    *("original_data_dir", "cache_dir", "output_dir"),
 )
 # The options that name code to run: neither a visitor of the WebUI nor a file may give them.
 TRUSTED = ("optimizer_class",)

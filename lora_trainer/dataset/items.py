@@ -50,7 +50,7 @@ class Item:
     """A picture file and its caption; several are lines. `source` says where they came from. An epoch sees it
     `repeats` times, and its loss counts `weight` times. `mask` is the file that tells which part of it counts, itself
     where its transparency does; without one all of it. `prior`: it is a regularisation picture, which nothing is to be
-    learned from."""
+    learned from. `original` is the picture before the change that this one shows."""
 
     path: Path
     caption: str
@@ -59,6 +59,7 @@ class Item:
     weight: float = 1.0
     mask: Path | None = None
     prior: bool = False
+    original: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,9 @@ class Sample:
     """One image at one size, ready, on the CPU: the latents of its views, [views, 4, h, w] float32, the plainest first;
     what SDXL is told of each, [views, 6] int64 (`crops.View.sizes`); and its caption as written. `tokens`: what its
     captions are filled up to. `mask`: how much each part of the latents counts, [views, h, w] float32, in a run with
-    masks. `shown`: what an inpainting model is shown beside the noisy latents, [views, holes, 5, h, w] float32."""
+    masks. `shown`: what an inpainting model is shown beside the noisy latents, [views, holes, 5, h, w] float32.
+    `original`: the latents of the picture before the change, as `latents`. `directions`: of a slider's picture the
+    prompts `positive` and `negative`, each as long as `text`."""
 
     item: Item
     bucket: Bucket
@@ -32,15 +34,20 @@ class Sample:
     tokens: int
     mask: Tensor | None = None
     shown: Tensor | None = None
+    original: Tensor | None = None
+    directions: Mapping[str, Text] = field(default_factory=dict)
 
     def view(self, choices: Choices) -> dict[str, Tensor]:
-        """`latents` [4, h, w] and `sizes` [6] of one visit; with masks, `mask` [1, h, w]; and `shown` [5, h, w]."""
+        """`latents` [4, h, w] and `sizes` [6] of one visit; with masks, `mask` [1, h, w]; `shown` [5, h, w]; and of a
+        pair `original` [4, h, w]."""
         at = choices.one_of(len(self.latents))
         seen = {"latents": self.latents[at], "sizes": self.sizes[at]}
         if self.mask is not None:
             seen["mask"] = self.mask[at : at + 1]
         if self.shown is not None:
             seen["shown"] = self.shown[at, choices.one_of(self.shown.shape[1])]
+        if self.original is not None:
+            seen["original"] = self.original[at]
         return seen
 
     @property

@@ -20,7 +20,7 @@ from lora_trainer.doctor import crops, sheet
 from lora_trainer.doctor.examine import examine
 from lora_trainer.doctor.subject import Wanted
 from lora_trainer.doctor.text import lines
-from lora_trainer.errors import ConfigError
+from lora_trainer.errors import ConfigError, DataError
 from lora_trainer.events import EventSink
 
 MIN_RESOLUTION, MAX_RESOLUTION = 64, 4096
@@ -70,6 +70,8 @@ def check(arguments: argparse.Namespace, sink: EventSink) -> bool:
 
 def draw_crops(config: Config, path: Path) -> None:
     """What `config` makes of its pictures, under `path`. Raises UserError."""
+    if not config.train_data_dir:
+        raise DataError("train_data_dir: expected a folder of pictures, found nothing")
     files = read_folder(Path(config.train_data_dir), concepts=config.concepts).images
     if len(files) > crops.MOST:
         print(f"the first {crops.MOST} of {len(files)} pictures", file=sys.stderr)

@@ -65,7 +65,7 @@ class Roots:
         checked = dict(settings)
         problems = [f"{key}: only the command line may name code" for key in TRUSTED if settings.get(key) is not None]
         for key in PATH_KEYS:
-            if settings.get(key) is None:
+            if settings.get(key) is None or (key == "train_data_dir" and _draws_its_own(settings)):
                 continue
             try:
                 checked[key] = str(self.check(key, settings[key]))
@@ -109,6 +109,11 @@ class Roots:
             folders = ", ".join(str(root) for root in self._roots) or "none"
             where = f" (this WebUI can be reached from elsewhere; allowed folders: {folders})"
         return ConfigError([f"{key}: expected {rule}{where}, found {shown(text)}"])
+
+
+def _draws_its_own(settings: Mapping[str, Any]) -> bool:
+    """Whether a slider is asked for that is given no pictures."""
+    return settings.get("mode") == "slider" and settings.get("train_data_dir") == ""
 
 
 def _malformed(text: str) -> Iterator[str]:

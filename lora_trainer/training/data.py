@@ -17,6 +17,7 @@ from lora_trainer.dataset.grouping import by_folder
 from lora_trainer.dataset.images import MASK_ENDING
 from lora_trainer.dataset.items import Item, Scan, scan
 from lora_trainer.dataset.masks import masks_in, told, with_masks
+from lora_trainer.dataset.pairs import flat, joined, with_originals
 from lora_trainer.dataset.prepare import NO_RULES, Encoded, Encoders, LatentNoise, prepare
 from lora_trainer.dataset.samples import Prepared
 from lora_trainer.errors import DataError
@@ -24,7 +25,7 @@ from lora_trainer.events import EventSink, Notice
 from lora_trainer.models.fingerprint import fingerprint
 from lora_trainer.models.inpainting import inpaints
 from lora_trainer.models.model import Model
-from lora_trainer.training import randomness
+from lora_trainer.training import randomness, sliders
 from lora_trainer.training.regularization import own_folders, regularization
 from lora_trainer.training.wording import read_live, rules_of
 
@@ -51,18 +52,35 @@ class TrainingData:
 
 def find(config: Config, sink: EventSink) -> Items:
     """What the config's folders hold. Raises DataError."""
+    if config.mode == "slider":
+        return _slider(config, sink)
     _refuse_inside("mask_dir", config.mask_dir, config)
+    _refuse_inside("original_data_dir", config.original_data_dir, config)
     for folder in (config.reg_data_dir, *own_folders(config)):
         _refuse_inside("regularisation pictures", folder, config)
     metadata = Path(config.metadata_path) if config.metadata_path else None
     items = _scan(partial(scan, Path(config.train_data_dir), metadata=metadata, concepts=config.concepts), config, sink)
     tell_concepts(items, sink)
+    if config.mode == "difference":
+        folders = (Path(config.train_data_dir), Path(config.original_data_dir or ""))
+        items = with_originals(items, *folders, whole=not config.concepts)
     if config.validation_data_dir:
         found = Items(items, _scan(partial(scan, Path(config.validation_data_dir)), config, sink))
     else:
         found = split(items, config.validation_split, config.seed)
     found = replace(found, regularization=regularization(found.train, config, sink))
     return _masked(found, config, sink) if config.masked_loss else found
+
+
+def _slider(config: Config, sink: EventSink) -> Items:
+    if not config.train_data_dir.strip():
+        items = sliders.drawn_items(config)
+    else:
+        items = sliders.picture_items(config, Path(config.train_data_dir), config.concepts)
+        sink(Notice(text=f"slider: {len(items)} pictures of {config.train_data_dir}; their captions are not read"))
+    if config.validation_data_dir:
+        return Items(items, sliders.picture_items(config, Path(config.validation_data_dir)))
+    return split(items, config.validation_split, config.seed)
 
 
 def _refuse_inside(key: str, folder: str | None, config: Config) -> None:
@@ -108,32 +126,63 @@ def load(
     kept: tuple[Encoded, Encoded] | None = None,
 ) -> TrainingData:
     """Encode everything; `kept` (training, held-out) as for `prepare`. Raises DataError."""
+    kept = kept or (Encoded(), Encoded())
+    encoders = _encoders(config, model)
+    if any(map(sliders.is_drawn, items.train)):
+        parts = zip((items.train, items.held_out), kept, strict=True)
+        made = [sliders.draw(part, config, model, sink=sink, kept=each) if part else None for part, each in parts]
+        return _taught(TrainingData(*made), config, encoders)
+    data = _taught(_encoded(items, config, model, encoders, sink=sink, kept=kept), config, encoders)
+    views = sum(len(sample.latents) for sample in data.train.trained)
+    if views > data.train.images:
+        seen = f"seen {len(data.train.trained)} times an epoch, as {views} sizes, parts and mirrorings"
+        sink(Notice(text=f"pictures: {data.train.images}, {seen}"))
+    return data
+
+
+def _taught(data: TrainingData, config: Config, encoders: Encoders) -> TrainingData:
+    """With what the config's mode compares beside each picture. Raises DataError."""
+    if config.mode == "images":
+        return data
+    change = partial(sliders.directed, config=config, read=encoders.read) if config.mode == "slider" else joined
+    return TrainingData(change(data.train), data.held_out and change(data.held_out))
+
+
+def _encoded(
+    items: Items,
+    config: Config,
+    model: Model,
+    encoders: Encoders,
+    *,
+    sink: EventSink,
+    kept: tuple[Encoded, Encoded],
+) -> TrainingData:
     sizes = sizes_of(config, model.facts.family.resolution)
+    pairs = config.mode == "difference"
 
     def noise(purpose: str) -> LatentNoise:
         def draw(index: int, view: int, shape: tuple[int, int, int]) -> Tensor:
-            return randomness.normal(config.seed, f"{purpose} {view}" if view else purpose, [index], shape)
+            # The two of a pair differ only by what changed.
+            number = index // 2 if pairs else index
+            return randomness.normal(config.seed, f"{purpose} {view}" if view else purpose, [number], shape)
 
         return draw
 
-    first, second = kept or (Encoded(), Encoded())
-    encoders = _encoders(config, model)
+    first, second = kept
     # Said once, however often preparing is interrupted.
     live = read_live(items.shown, config, model.text, sink if first.count == 0 else lambda event: None)
     reading = replace(encoders, read=model.text.tokens, live=True) if live else encoders
-    train = prepare(items.shown, reading, sizes, noise=noise("latents"), sink=sink, kept=first)
+    shown = flat(items.shown) if pairs else items.shown
+    train = prepare(shown, reading, sizes, noise=noise("latents"), sink=sink, kept=first)
     held_out = None
     if items.held_out:
         # Always the same: as they are written, at one size, neither moved nor mirrored.
         plain = [replace(item, caption=encoders.rules.plain(item.caption)) for item in items.held_out]
+        plain = flat(plain) if pairs else plain
         still = replace(encoders, rules=NO_RULES)
         unmoved = [replace(sizes[0], crop="focus" if sizes[0].crop == "focus" else "center", flip=False)]
         held_out = prepare(plain, still, unmoved, noise=noise("held-out latents"), sink=sink, kept=second)
     encoders.cache.trim()
-    views = sum(len(sample.latents) for sample in train.trained)
-    if views > train.images:
-        seen = f"seen {len(train.trained)} times an epoch, as {views} sizes, parts and mirrorings"
-        sink(Notice(text=f"pictures: {train.images}, {seen}"))
     return TrainingData(train, held_out)
 
 

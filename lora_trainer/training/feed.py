@@ -14,7 +14,7 @@ from lora_trainer.dataset.samples import Captions, Prepared, Sample
 from lora_trainer.models.model import Model
 from lora_trainer.training import randomness
 from lora_trainer.training.noising import PLAIN, Noising
-from lora_trainer.training.step import Batch, stacked, with_sizes
+from lora_trainer.training.step import Batch, directions, stacked, with_sizes
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,8 @@ class Feed:
             shown=seen.get("shown"),
             mask_keys=randomness.mask_keys(self.seed, batch.visits),
             preserved=stacked(others) if others else None,
+            original=seen.get("original"),
+            **directions(samples),
             **with_sizes(stacked(own), seen["sizes"]),
         )
 

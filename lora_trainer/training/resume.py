@@ -13,11 +13,13 @@ import msgspec
 from lora_trainer.config import Config, output_name_of
 from lora_trainer.config.options import options
 from lora_trainer.config.schema import PATHS
+from lora_trainer.dataset.items import Item
 from lora_trainer.errors import ModelError, OutputError, UserError
 from lora_trainer.events import EventSink, Finished, Notice
 from lora_trainer.files import sweep_folder
 from lora_trainer.hosts.ports import LoraStore
 from lora_trainer.training.data import Items
+from lora_trainer.training.sliders import is_drawn
 from lora_trainer.training.states import FOLDER, Facts, Kept, StateFolder, folders, numbered
 
 # Settings that may change between two processes of one run: they change nothing that was learned so far. What
@@ -110,15 +112,22 @@ def digest(items: Items) -> str:
     whole = hashlib.sha256()
     others = (None, *items.regularization) if items.regularization else ()
     for item in (*items.train, None, *items.held_out, *others):
-        facts = None if item is None else (item.path.name, item.caption, item.path.stat().st_size)
+        facts = None if item is None else (item.path.name, item.caption, _size(item))
         if item is not None and item.repeats > 1:
             facts = (*facts, item.repeats)
         if item is not None and item.weight != 1:
             facts = (*facts, "weight", item.weight)
         if item is not None and item.mask is not None:
             facts = (*facts, "mask", item.mask.name, item.mask.stat().st_size)
+        if item is not None and item.original is not None:
+            facts = (*facts, "original", item.original.name, item.original.stat().st_size)
         whole.update(repr(facts).encode("utf-8", "surrogateescape"))
     return whole.hexdigest()
+
+
+def _size(item: Item) -> int:
+    """In bytes; a picture that the base draws is no file."""
+    return 0 if is_drawn(item) else item.path.stat().st_size
 
 
 def _resumed(config: Config, wanted: str, sink: EventSink) -> Beginning | None:

@@ -34,6 +34,7 @@ from lora_trainer.training.clip import StepClip
 from lora_trainer.training.dropout import LoraDropout, Shares
 from lora_trainer.training.fused import Fused, fuse, is_linear
 from lora_trainer.training.ladder import ALL, Plan
+from lora_trainer.training.lessons import lesson_of
 from lora_trainer.training.library import optimizer_notices, optimizer_of
 from lora_trainer.training.objectives import mse, objective_of, training_noise
 from lora_trainer.training.optimizers import Optimizer
@@ -198,6 +199,7 @@ def open_segment(
         )
         if config.preservation_weight:
             network = replace(network, preservation=Preservation(config.preservation_weight, tuple(adapters.values())))
+        network = replace(network, lesson=lesson_of(config, tuple(adapters.values())))
         segment = _assemble(config, model, adapters, network, working, tier)
         stack.callback(segment.captures.release)
         if state is not None:

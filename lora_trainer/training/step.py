@@ -6,7 +6,8 @@ so that each is captured in a CUDA graph where there is one, and runs eagerly as
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from functools import partial
 
@@ -14,6 +15,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
+from lora_trainer.dataset.samples import Sample
 from lora_trainer.models.noise import NoiseSchedule
 from lora_trainer.models.text import Conditions
 from lora_trainer.training.capture import Captures
@@ -26,6 +28,8 @@ from lora_trainer.training.working import WorkingCopy
 
 # Token ids [B, n, 77] and their emphasis to what the UNet is told of them.
 Encode = Callable[[Tensor, "Tensor | None"], Conditions]
+# What `Network.terms` yields of a network and a batch.
+Lesson = Callable[["Network", "Batch"], Iterator[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -38,8 +42,9 @@ class Batch:
     [B, n, 77] int64, with their emphasis of that shape where they have it. SDXL's: pooled [B, width], and sizes [B, 6]
     with original (height, width), crop (top, left) and target (height, width) in pixels. mask [B, 1, h, w] float32, how
     much each part of the loss counts, in a run with masks. shown [B, 5, h, w] float32: an inpainting model's masks and
-    the latents of what they leave. preserved: with output preservation, the captions without
-    trigger words, under the same names and in the same shapes.
+    the latents of what they leave. preserved: with output preservation, the captions without trigger words, under the
+    same names and in the same shapes; positive and negative: likewise a slider's prompts. original [B, 4, h, w]
+    float32: of pairs, the latents before the change.
     """
 
     latents: Tensor
@@ -56,6 +61,9 @@ class Batch:
     mask: Tensor | None = None
     shown: Tensor | None = None
     preserved: Mapping[str, Tensor] | None = None
+    positive: Mapping[str, Tensor] | None = None
+    negative: Mapping[str, Tensor] | None = None
+    original: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -66,6 +74,10 @@ class Batch:
     def without_trigger(self) -> Batch:
         """The same with the captions of `preserved`."""
         return replace(self, **self.preserved, preserved=None)
+
+    def directed(self, texts: Mapping[str, Tensor]) -> Batch:
+        """The same with the captions `texts`: `positive` or `negative`."""
+        return replace(self, **texts, positive=None, negative=None)
 
     def condition(self, encode: Encode | None = None) -> dict[str, object]:
         """What a UNet is told beside the noisy latents and the time, by diffusers' argument names."""
@@ -113,6 +125,11 @@ def stacked(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
+def directions(samples: Sequence[Sample]) -> dict[str, dict[str, Tensor]]:
+    """A slider's prompts under the names of a batch's fields."""
+    return {name: stacked([sample.directions[name] for sample in samples]) for name in samples[0].directions}
+
+
 def with_sizes(texts: dict[str, Tensor], sizes: Tensor) -> dict[str, Tensor]:
     """Captions with `sizes` [B, 6] in float32, of which the families are told that have a pooled embedding."""
     return {**texts, "sizes": sizes.float()}
@@ -121,7 +138,8 @@ def with_sizes(texts: dict[str, Tensor], sizes: Tensor) -> dict[str, Tensor]:
 @dataclass(frozen=True)
 class Network:
     """What the forward pass runs: the injected view, its schedule, and how it is computed; `encode` is the text encoder
-    for captions that come as token ids; `preservation` holds it at the base's answers where that is asked for."""
+    for captions that come as token ids; `preservation` holds it at the base's answers where that is asked for; a
+    `lesson` teaches something else than the pictures."""
 
     unet: UNet2DConditionModel
     noise: NoiseSchedule
@@ -131,6 +149,21 @@ class Network:
     memory_format: torch.memory_format = torch.contiguous_format
     encode: Encode | None = None
     preservation: Preservation | None = None
+    lesson: Lesson | None = None
+
+    def terms(self, batch: Batch) -> Iterator[Tensor]:
+        """What is minimised, each sample's loss [B] float32, in parts that add up. Each part wants its backward pass
+        before the next is asked for: the LoRA may be at another weight then, and the peak of memory stays the same."""
+        if self.lesson is not None:
+            yield from self.lesson(self, batch)
+            return
+        yield self.losses(batch)
+        if self.preservation is not None:
+            yield self.preserved(batch)
+
+    def judged(self, batch: Batch) -> Tensor:
+        """Each sample's loss as runs are compared by it, [B] float32; without gradients."""
+        return self.losses(batch) if self.lesson is None else sum(self.lesson(self, batch))
 
     def losses(self, batch: Batch) -> Tensor:
         """Each sample's loss, [B] float32."""
@@ -183,15 +216,15 @@ class ForwardBackward:
         self.captures.run(shape, lambda: self._compute(static))
 
     def _compute(self, batch: Batch) -> None:
-        # Checkpointed blocks run again in backward: the masks must still be there.
-        with self.network.dropout.masks(batch.shape, batch.mask_keys):
-            self._add(self.network.losses, batch)
-            # After the other's backward pass, whose activations are gone: the peak of memory stays about the same.
-            if self.network.preservation is not None:
-                self._add(self.network.preserved, batch)
+        # Checkpointed blocks run again in backward: the masks must still be there. Where memory runs out in the middle,
+        # closing brings the LoRA back to its own weight.
+        masks = self.network.dropout.masks(batch.shape, batch.mask_keys)
+        with masks, closing(self.network.terms(batch)) as terms:
+            for losses in terms:
+                self._add(losses, batch)
 
-    def _add(self, losses: Callable[[Batch], Tensor], batch: Batch) -> None:
-        loss = (losses(batch) * batch.weight).sum()
+    def _add(self, losses: Tensor, batch: Batch) -> None:
+        loss = (losses * batch.weight).sum()
         (loss * self.scaler.scale).backward()
         self.working.collect()
         self.loss.add_(loss.detach())

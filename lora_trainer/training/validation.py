@@ -11,7 +11,7 @@ import torch
 from lora_trainer.dataset.rules import First
 from lora_trainer.dataset.samples import Sample
 from lora_trainer.training import randomness
-from lora_trainer.training.step import Batch, Network, stacked, with_sizes
+from lora_trainer.training.step import Batch, Network, directions, stacked, with_sizes
 
 TIMESTEPS = 8
 # Rows of draws, each a timestep further for the next picture: the first few already cover low and high noise.
@@ -41,7 +41,7 @@ class Validator:
             for batch in self.batches(network.noise.timesteps):
                 static = batch.like(device)
                 static.copy_(batch)
-                total += network.losses(static).double().sum()
+                total += network.judged(static).double().sum()
         return total.item() / self.count
 
     def batches(self, timesteps: int) -> Iterator[Batch]:
@@ -72,6 +72,8 @@ class Validator:
             mask=seen.get("mask"),
             shown=seen.get("shown"),
             mask_keys=torch.zeros(len(draws), 2, dtype=torch.int32),
+            original=seen.get("original"),
+            **directions(samples),
             **with_sizes(stacked([sample.text for sample in samples]), seen["sizes"]),
         )
 

@@ -43,7 +43,8 @@ def _version(lora: Path) -> str:
 def _picture(config: Config, folder: Path) -> bytes | None:
     previews = sorted((folder / "samples").glob("*-1.png"))
     home = Path(config.train_data_dir)
-    places = [home / concept.folder for concept in config.concepts] or [home]
+    # A slider may have had no pictures: that is not the current folder.
+    places = [home / concept.folder for concept in config.concepts] or [home] * bool(config.train_data_dir)
     files = (path for place in places for path in sorted([*place.glob("*"), *place.glob("*/*")]))
     trained = (path for path in files if is_picture(path))
     for path in (*previews[-1:], *trained):
