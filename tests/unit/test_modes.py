@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from torch.nn import functional as F
 
@@ -27,7 +29,7 @@ from lora_trainer.training.sliders import prompts_of
 from lora_trainer.training.validation import Validator
 from tests.unit.test_masks import gradient_of, silent
 from tests.unit.test_preservation import batch_of, models_of, plain_copy, wake
-from tests.unit.test_run import of, train, weights
+from tests.unit.test_run import ROOT, of, train, weights
 
 SLIDER = {
     "mode": "slider",
@@ -350,8 +352,6 @@ def test_a_slider_draws_its_own_pictures_and_goes_on_as_if_nothing_had_happened(
     assert last.lora != last.base == first.base
     _, interrupted = train(slider, lease=Interrupted(), **changes)
     assert interrupted == expected
-    _, other = train(slider, **changes, slider_pictures=5)
-    assert other != expected
 
 
 def test_its_file_is_an_ordinary_lora(slider, tmp_path):
@@ -373,7 +373,7 @@ def test_its_file_is_an_ordinary_lora(slider, tmp_path):
     assert len(set(drawn.values())) == 3
 
 
-@pytest.mark.parametrize("changes", [{}, {"train_text_encoder": True}, {"slider_attributes": ["x", "word " * 90]}])
+@pytest.mark.parametrize("changes", [{"train_text_encoder": True}, {"slider_attributes": ["x", "word " * 90]}])
 def test_a_slider_with_pictures_reads_no_captions(settings, changes):
     given = {**settings, **SLIDER, "max_train_steps": None, "epochs": 1, **changes}
     events, file = train(given)
@@ -427,3 +427,12 @@ def test_a_resumed_slider_is_the_same_run(slider, tmp_path):
     assert 0 < len(of(events, StepDone)) < 3
     _, whole = train({**slider, "output_dir": str(tmp_path / "whole")}, checkpoint_every=1)
     assert weights(resumed) == weights(whole)
+
+
+def test_what_the_documents_show_is_understood():
+    for name, many in (("docs/sliders.md", 2), ("README.md", 2)):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        shown = [block for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL) if "mode: " in block]
+        assert len(shown) == many
+        for block in shown:
+            assert build({"base_model": "any"}, yaml.safe_load(block)).mode in block
