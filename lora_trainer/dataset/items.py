@@ -47,10 +47,10 @@ Captions = dict[Path, tuple[str, str]]
 
 @dataclass(frozen=True)
 class Item:
-    """A picture file and its caption; several are lines. `source` says where they came from. An epoch sees it
-    `repeats` times, and its loss counts `weight` times. `mask` is the file that tells which part of it counts, itself
-    where its transparency does; without one all of it. `prior`: it is a regularisation picture, which nothing is to be
-    learned from. `original` is the picture before the change that this one shows."""
+    """A picture file and its caption; several are lines. `source` says where they came from. An epoch sees it `repeats`
+    times, and its loss counts `weight` times. `mask` is the file that tells which part of it counts, itself where its
+    transparency does; without one all of it. `prior`: a regularisation picture, which nothing is to be learned from.
+    `original` is the picture before the change that this one shows."""
 
     path: Path
     caption: str
