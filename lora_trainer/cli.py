@@ -19,11 +19,12 @@ from lora_trainer.config.export import preset_table, table
 from lora_trainer.config.sample_options import SampleOptions
 from lora_trainer.config.sources import family_of, parse_overrides, read_file
 from lora_trainer.doctor import command as doctor
-from lora_trainer.errors import UserError
+from lora_trainer.errors import UserError, printable
 from lora_trainer.events import Finished
 from lora_trainer.imports import command as imports
 from lora_trainer.logs import TerminalLog
 from lora_trainer.report import report
+from lora_trainer.tools import command as tools
 
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 130
 
@@ -83,6 +84,10 @@ def _parser() -> argparse.ArgumentParser:
     inspect = add("inspect", _inspect, "Say what a LoRA file is, how it was trained, and its norms.")
     inspect.add_argument("file", type=Path)
     inspect.add_argument("--json", action="store_true")
+    tools.add_convert(add("convert", _convert, "Give a LoRA the names that another program reads."))
+    tools.add_resize(add("resize", _resize, "Make a LoRA of a lower rank."))
+    tools.add_merge(add("merge", _merge, "Put several LoRAs into one, or into a checkpoint."))
+    tools.add_extract(add("extract", _extract, "Make a LoRA of the difference of two checkpoints."))
     sample = add("sample", _sample, "Draw prompts without and with a LoRA, side by side.")
     sample.add_argument("--base", type=Path, required=True)
     sample.add_argument("--lora", type=Path, required=True)
@@ -167,6 +172,31 @@ def _inspect(arguments: argparse.Namespace, _: Sequence[str]) -> int:
 
     report = describe(arguments.file)
     print(report.to_json() if arguments.json else "\n".join(report.lines()))
+    return DONE
+
+
+def _convert(arguments: argparse.Namespace, _: Sequence[str]) -> int:
+    return _told(tools.convert(arguments))
+
+
+def _resize(arguments: argparse.Namespace, _: Sequence[str]) -> int:
+    return _told(tools.resize(arguments))
+
+
+def _merge(arguments: argparse.Namespace, _: Sequence[str]) -> int:
+    return _told(tools.merge(arguments))
+
+
+def _extract(arguments: argparse.Namespace, _: Sequence[str]) -> int:
+    log = TerminalLog()
+    try:
+        return _told(tools.extract(arguments, log))
+    finally:
+        log.close()
+
+
+def _told(lines: Sequence[str]) -> int:
+    print("\n".join(map(printable, lines)))
     return DONE
 
 

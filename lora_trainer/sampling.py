@@ -126,7 +126,7 @@ def apply_lora(model: Model, path: Path) -> Applied:
             f"{len(lora.factors)} modules, for example {strange[0]}"
         )
     for name, part in parts.items():
-        matched, unmatched = match(lora, part.module, part.prefix, named=part.named)
+        matched, unmatched = match(lora, part.module, part.prefix, named=part.ldm)
         if unmatched:
             raise ModelError(
                 f"{path}: {len(unmatched)} of its {len(matched) + len(unmatched)} modules have no place in the "

@@ -1,4 +1,4 @@
-"""Reading files of adapters: kohya's and diffusers' LoRAs, and LyCORIS'."""
+"""Reading files of adapters: kohya's, diffusers' and PEFT's LoRAs, and LyCORIS'."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor, nn
 
+from lora_trainer.adapters import peft_files
+from lora_trainer.adapters.metadata import CONFIG
 from lora_trainer.adapters.naming import TEXT_PREFIX, UNET_PREFIX, Weights, kohya_name
 from lora_trainer.adapters.parsing import weights_of
 from lora_trainer.errors import ModelError, shown
@@ -38,16 +40,20 @@ _LARGEST = 1e30
 
 @dataclass(frozen=True)
 class Lora:
-    """A file's modules by kohya's name (`lora_unet_…`), and its metadata."""
+    """A file's modules by kohya's name (`lora_unet_…`), and its metadata. `form`: kohya, diffusers or peft, whose names
+    it has; `alphas`: those that are tensors of it."""
 
     path: Path
     factors: dict[str, Weights]
     metadata: dict[str, str]
     precision: str
+    alphas: dict[str, Tensor] = field(default_factory=dict)
+    form: str = "kohya"
 
 
 def read_lora(path: Path) -> Lora:
-    """The plain LoRA in a .safetensors file: all its `factors` are Factors without a dora_scale. Raises ModelError."""
+    """The plain LoRA in a .safetensors file, or in a folder as PEFT saves it: all its `factors` are Factors without a
+    dora_scale. Raises ModelError."""
     lora = read_adapter(path)
     for name, f in lora.factors.items():
         if f.kind != "LoRA":
@@ -56,11 +62,16 @@ def read_lora(path: Path) -> Lora:
 
 
 def read_adapter(path: Path) -> Lora:
-    """The LoRA, DoRA, LoHa or LoKr in a .safetensors file. Raises ModelError."""
+    """The LoRA, DoRA, LoHa or LoKr in a .safetensors file, or the LoRA in a folder as PEFT saves it. Raises
+    ModelError."""
+    if path.is_dir():
+        return _read_folder(path)
     header = read_header(path)
     keys = [key for key in header if key != "__metadata__"]
-    prefixes = _prefixes(keys)
-    places = {key: _place(key, prefixes) for key in keys}
+    renamed = peft_files.as_diffusers(path, keys)
+    names = {key: renamed.get(key, key) for key in keys}
+    prefixes = _prefixes(names.values())
+    places = {key: _place(name, prefixes) for key, name in names.items()}
     strange = [key for key, place in places.items() if place is None]
     if len(strange) == len(keys):
         raise ModelError(f"{path}: this is {_kind(keys)}")
@@ -73,10 +84,24 @@ def read_adapter(path: Path) -> Lora:
     for key, (name, part) in places.items():
         modules.setdefault(name, {})[part] = tensors[key]
     metadata = dict(header.get("__metadata__", {}))
-    alphas = _configured_alphas(path, metadata, {key: header[key]["shape"] for key in keys})
+    config = adapter_metadata(path, metadata.get(CONFIG) or "{}") | peft_files.settings(path, renamed.values())
+    alphas = configured_alphas(path, config, {name: header[key]["shape"] for key, name in names.items()})
     factors = {name: weights_of(path, name, parts, alphas.get(name)) for name, parts in modules.items()}
     precision = next(header[key]["dtype"] for key in keys if not key.endswith(("alpha", "dora_scale")))
-    return Lora(path, factors, metadata, precision)
+    own = {name: parts["alpha"] for name, parts in modules.items() if "alpha" in parts}
+    form = "peft" if renamed else "kohya" if any(map(_KOHYA.fullmatch, keys)) else "diffusers"
+    return Lora(path, factors, metadata, precision, own, form)
+
+
+def _read_folder(folder: Path) -> Lora:
+    """A network's LoRA in each of PEFT's folders."""
+    loras = {network: read_lora(file) for network, file in peft_files.files(folder).items()}
+    factors = {name: f for lora in loras.values() for name, f in lora.factors.items()}
+    if peft_files.SECOND in loras:
+        alone, numbered = f"{TEXT_PREFIX}_", f"{TEXT_PREFIX}1_"
+        factors = {re.sub(f"^{alone}", numbered, name): f for name, f in factors.items()}
+    first = next(iter(loras.values()))
+    return Lora(folder, factors, first.metadata, first.precision, form=first.form)
 
 
 def match(
@@ -138,10 +163,9 @@ def _kind(keys: Sequence[str]) -> str:
     return f"{kind} ({len(keys)} tensors, none with lora_down or lora_A)"
 
 
-def _configured_alphas(path: Path, metadata: Mapping[str, str], shapes: Mapping[str, list[int]]) -> dict[str, float]:
+def configured_alphas(path: Path, config: Mapping[str, object], shapes: Mapping[str, list[int]]) -> dict[str, float]:
     """Alphas by kohya's name from the PEFT config that recent diffusers puts in the header
-    (`lora_adapter_metadata`: JSON of "unet.lora_alpha", "unet.alpha_pattern", …)."""
-    config = _peft_config(path, metadata.get("lora_adapter_metadata") or "{}")
+    (`lora_adapter_metadata`: JSON of "unet.lora_alpha", "unet.alpha_pattern", …). Raises ModelError."""
     prefixes = _prefixes(shapes)
     alphas: dict[str, float] = {}
     for key, shape in shapes.items():
@@ -166,7 +190,8 @@ def _configured_alphas(path: Path, metadata: Mapping[str, str], shapes: Mapping[
     return alphas
 
 
-def _peft_config(path: Path, text: str) -> dict[str, object]:
+def adapter_metadata(path: Path, text: str) -> dict[str, object]:
+    """What diffusers says of a file in its header. Raises ModelError."""
     try:
         config = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -10,7 +10,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from lora_trainer.adapters.naming import UNET_PREFIX, Factors, Weights, to_kohya
+from lora_trainer.adapters.naming import UNET_PREFIX, Factors, Weights, kohya_name, to_kohya
+from lora_trainer.models.families import Family
 from lora_trainer.models.model import Model
 from lora_trainer.models.unet_names import to_ldm
 
@@ -19,7 +20,8 @@ _ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 @dataclass(frozen=True)
 class Part:
-    """One network: `prefix` begins its modules' names in files, `named` makes the rest of a module's name.
+    """One network: `prefix` begins its modules' names in files, `named` makes the rest of a module's name; `ldm` makes
+    LDM's, which others' files may have in any family.
 
     `packed`: its attention is one tensor in the host, which applies a LoRA of it whole or not at all.
     """
@@ -28,6 +30,12 @@ class Part:
     prefix: str
     named: Callable[[str], str] = str
     packed: bool = False
+    ldm: Callable[[str], str] = str
+
+    def in_files(self, factors: Mapping[str, Weights]) -> dict[str, Weights]:
+        """`factors` (by module name) by the names that kohya's form gives them, and what else the WebUI needs."""
+        whole = whole_attention(factors) if self.packed else factors
+        return {kohya_name(self.prefix, self.named(name)): f for name, f in whole.items()}
 
     def to_kohya(self, factors: Mapping[str, Weights]) -> dict[str, Tensor]:
         """The tensors of `factors` (by module name) as the WebUI reads them."""
@@ -37,11 +45,16 @@ class Part:
 
 def parts_of(model: Model) -> dict[str, Part]:
     """By diffusers' names of them; the UNet first."""
-    family = model.facts.family
-    parts = {"unet": Part(model.unet, UNET_PREFIX, ldm_names(model.unet) if family.ldm_names else str)}
-    for (network, encoder), text in zip(model.text.networks.items(), family.text, strict=True):
-        parts[network] = Part(encoder.module, text.lora, packed=text.form == "open_clip")
-    return parts
+    return parts(model.facts.family, model.unet, {name: text.module for name, text in model.text.networks.items()})
+
+
+def parts(family: Family, unet: UNet2DConditionModel, encoders: Mapping[str, nn.Module]) -> dict[str, Part]:
+    """The same of a model's networks by themselves, `encoders` in their order."""
+    ldm = ldm_names(unet)
+    found = {"unet": Part(unet, UNET_PREFIX, ldm if family.ldm_names else str, ldm=ldm)}
+    for (network, module), text in zip(encoders.items(), family.text, strict=True):
+        found[network] = Part(module, text.lora, packed=text.form == "open_clip")
+    return found
 
 
 def ldm_names(unet: UNet2DConditionModel) -> Callable[[str], str]:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from lora_trainer.adapters.hashes import legacy_hash, model_hash
 from lora_trainer.adapters.writer import serialize
+
+PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def assemble(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:

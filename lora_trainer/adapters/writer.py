@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-_DTYPES = {
+DTYPES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
     torch.float32: "F32",
@@ -20,6 +20,8 @@ _DTYPES = {
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
 }
 
 
@@ -39,9 +41,9 @@ def in_parts(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> list
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     parts, end = [], 0
     for name in names:
-        data = _bytes(tensors[name])
+        data = raw(tensors[name])
         header[name] = {
-            "dtype": _DTYPES[tensors[name].dtype],
+            "dtype": DTYPES[tensors[name].dtype],
             "shape": list(tensors[name].shape),
             "data_offsets": [end, end + data.nbytes],
         }
@@ -52,5 +54,6 @@ def in_parts(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> list
     return [struct.pack("<Q", len(text)) + text, *parts]
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def raw(tensor: Tensor) -> memoryview:
+    """A tensor's numbers, without copying those that lie whole in memory."""
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data

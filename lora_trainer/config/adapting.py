@@ -81,6 +81,13 @@ class Adapting(Judging, frozen=True, kw_only=True, forbid_unknown_fields=True):
         float, about(LORA, "Keep the norm of each module's change below this: 1 is usual; 0: off.", ge=0)
     ] = 0.0
 
+    initial_lora: (
+        Annotated[
+            str,
+            about(LORA, "Go on from this LoRA: a file, or the name of one in models/Lora. Other ranks are resized."),
+        ]
+        | None
+    ) = None
     train_unet: Annotated[
         bool, about(LORA, "A LoRA on the UNet; off, only the text encoder learns: train_text_encoder.")
     ] = True

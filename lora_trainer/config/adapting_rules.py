@@ -74,6 +74,8 @@ def _kinds(config: Adapting) -> Iterator[str]:
         yield f"scale_weight_norms: expected adapter lora beside it, found {kind}"
     if kind != "lora" and getattr(config, "output_format", "webui") != "webui":
         yield f"output_format: expected webui, since diffusers reads no {kind} as it is trained here"
+    if kind != "lora" and config.initial_lora is not None:
+        yield f"initial_lora: expected adapter lora beside it, found {kind}"
     if config.lokr_factor and kind != "lokr":
         yield f"lokr_factor: expected adapter lokr beside it, found {kind}"
 

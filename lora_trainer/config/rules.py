@@ -100,6 +100,8 @@ def _paths(config: Config) -> Iterator[str]:
     for key in ("base_model", "train_data_dir", "output_dir"):
         if not getattr(config, key).strip() and not (key == "train_data_dir" and config.mode == "slider"):
             yield f"{key}: expected a path, found nothing"
+    if config.initial_lora is not None and not config.initial_lora.strip():
+        yield "initial_lora: expected a file or a name, found nothing"
     for key in PATHS:
         if "\0" in (getattr(config, key) or ""):
             yield f"{key}: expected a path without NUL bytes, found {shown(getattr(config, key))}"

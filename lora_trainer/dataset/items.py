@@ -48,8 +48,8 @@ Captions = dict[Path, tuple[str, str]]
 @dataclass(frozen=True)
 class Item:
     """A picture file and its caption; several are lines. `source` says where they came from. An epoch sees it `repeats`
-    times, its loss counts `weight` times. `mask` is the file that tells which part of it counts, itself where transparency
-    does; else all of it. `prior`: of regularisation, nothing is learned from it. `original`: before the change."""
+    times, and its loss counts `weight` times. `mask` is the file that tells which part of it counts, itself where
+    transparency does. `prior`: nothing is learned from it. `original`: the picture before the change."""
 
     path: Path
     caption: str

@@ -45,7 +45,8 @@ class Family:
     """`base_version` is what `ss_base_model_version` says; `scale_factor` turns VAE latents into UNet latents.
 
     A UNet has `num_heads` in each attention, or as many as have `head_channels` each. `ldm_names`: LoRA files call its
-    modules by CompVis' names instead of diffusers'. `clip_skip`: the user may choose the layer of the text encoder.
+    modules by CompVis' names instead of diffusers'; `attends`: which levels of its UNet's up side have attention.
+    `clip_skip`: the user may choose the layer of the text encoder.
     `probed`: its files do not say what the UNet predicts, which is tested. `heavy_text`: too large to be kept in fp32
     for a few captions.
     """
@@ -60,6 +61,7 @@ class Family:
     num_heads: int | None = None
     head_channels: int | None = None
     ldm_names: bool = False
+    attends: tuple[bool, ...] = (False, True, True, True)
     clip_skip: bool = False
     probed: bool = False
     heavy_text: bool = False
@@ -105,6 +107,7 @@ SDXL = Family(
     ),
     head_channels=64,
     ldm_names=True,
+    attends=(True, True, False),
     heavy_text=True,
 )
 FAMILIES = (SDXL, SD2, SD1)

@@ -22,7 +22,7 @@ from lora_trainer.models.noise import NoiseSchedule, Prediction, scaled_linear
 from lora_trainer.models.text import ClipEncoder, TextEncoder, bundled
 from lora_trainer.models.unet_names import LDM_PREFIX as UNET
 
-_PARAMETERIZATIONS: dict[str, Prediction] = {"eps": "epsilon", "v": "v"}
+PARAMETERIZATIONS: dict[str, Prediction] = {"eps": "epsilon", "v": "v"}
 
 
 def place(
@@ -137,7 +137,7 @@ def encoders_of(
 def schedule(state: dict[str, Tensor], family: Family, config: LdmConfig) -> NoiseSchedule:
     """The YAML's schedule, else the file's own table, else the family's; what is predicted likewise."""
     own: Prediction = "v" if V_PREDICTION in state else family.prediction
-    prediction = _PARAMETERIZATIONS.get(config.parameterization or "", own)
+    prediction = PARAMETERIZATIONS.get(config.parameterization or "", own)
     noise = _signal(state, family, config, prediction)
     return noise.zero_terminal() if ZERO_TERMINAL in state else noise
 

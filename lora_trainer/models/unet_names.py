@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 LDM_PREFIX = "model.diffusion_model."
 
-_OUTER = {
+OUTER = {
     "input_blocks.0.0": "conv_in",
     "time_embed.0": "time_embedding.linear_1",
     "time_embed.2": "time_embedding.linear_2",
@@ -23,7 +23,7 @@ _OUTER = {
     "middle_block.1": "mid_block.attentions.0",
     "middle_block.2": "mid_block.resnets.1",
 }
-_RESNET = {
+RESNET = {
     "in_layers.0": "norm1",
     "in_layers.2": "conv1",
     "emb_layers.1": "time_emb_proj",
@@ -37,7 +37,7 @@ _BLOCK = re.compile(r"(input_blocks|output_blocks)\.(\d+)\.(\d+)\.(.+)")
 def to_diffusers(name: str, layers_per_block: int) -> str:
     """diffusers' name of the UNet tensor `name` (LDM form, without `model.diffusion_model.`)."""
     outer, inner = _split_outer(name, layers_per_block)
-    for ldm, diffusers in _RESNET.items():
+    for ldm, diffusers in RESNET.items():
         if inner.startswith(ldm + "."):
             return f"{outer}.{diffusers}{inner[len(ldm) :]}"
     return f"{outer}.{inner}"
@@ -45,7 +45,7 @@ def to_diffusers(name: str, layers_per_block: int) -> str:
 
 def _split_outer(name: str, layers_per_block: int) -> tuple[str, str]:
     """(diffusers' name of the block, name inside the block)."""
-    for ldm, diffusers in _OUTER.items():
+    for ldm, diffusers in OUTER.items():
         if name.startswith(ldm + "."):
             return diffusers, name[len(ldm) + 1 :]
     match = _BLOCK.fullmatch(name)
@@ -59,13 +59,13 @@ def _split_outer(name: str, layers_per_block: int) -> tuple[str, str]:
         return f"{block}.downsamplers.0", "conv." + inner[3:]
     if inner.startswith("conv."):
         return f"{block}.upsamplers.0", inner
-    kind = "resnets" if inner.startswith(tuple(_RESNET)) else "attentions"
+    kind = "resnets" if inner.startswith(tuple(RESNET)) else "attentions"
     return f"{block}.{kind}.{position}", inner
 
 
 def to_ldm(name: str, layers_per_block: int, attends: Sequence[bool]) -> str:
     """LDM's name of the UNet module that diffusers calls `name`; `attends`: which levels of the up side do."""
-    for ldm, diffusers in _OUTER.items():
+    for ldm, diffusers in OUTER.items():
         if name == diffusers or name.startswith(diffusers + "."):
             return _joined(ldm, name[len(diffusers) + 1 :])
     side, level, kind, position, *inner = name.split(".")
@@ -80,5 +80,5 @@ def to_ldm(name: str, layers_per_block: int, attends: Sequence[bool]) -> str:
 
 
 def _joined(outer: str, inner: str) -> str:
-    theirs = {diffusers: ldm for ldm, diffusers in _RESNET.items()}
+    theirs = {diffusers: ldm for ldm, diffusers in RESNET.items()}
     return ".".join(part for part in (outer, theirs.get(inner, inner)) if part)

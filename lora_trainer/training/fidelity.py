@@ -106,8 +106,9 @@ class Fidelity:
                 if self._base is None:
                     with segment.base():
                         self._base = self._of_base(segment)
-                drift = self._drift(segment) if step else 0.0
-                likeness = self._likeness(segment) if step else 0.0
+                begins_as_base = step == 0 and self.config.initial_lora is None
+                drift = 0.0 if begins_as_base else self._drift(segment)
+                likeness = 0.0 if begins_as_base else self._likeness(segment)
         except torch.cuda.OutOfMemoryError:
             torch.cuda.empty_cache()
             self.sink(Notice(text=f"step {step}: drift not measured, it does not fit into the memory", level="warning"))

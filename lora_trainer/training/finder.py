@@ -27,6 +27,7 @@ from lora_trainer.training import data
 from lora_trainer.training.data import Items
 from lora_trainer.training.feed import Feed
 from lora_trainer.training.fit import Interrupted, Loop, Outcome, ask, fit
+from lora_trainer.training.initial import Start
 from lora_trainer.training.library import REGISTRY, optimizer_class
 from lora_trainer.training.planning import Planning
 from lora_trainer.training.preparing import Preparing
@@ -81,12 +82,13 @@ def find_rate(config: Config, host: Host, sink: EventSink, control: Control) -> 
     if entry and entry.adapts:
         raise ConfigError([f"optimizer: {config.optimizer} finds the learning rate by itself; give it learning_rate=1"])
     optimizer_class(config)
+    start = Start.of(config)
     found = data.find(config, sink)
     if not found.held_out:
         sink(Notice(text="no pictures are held out: the loss is measured on a few that are trained on"))
     items = replace(found, held_out=pick(found.held_out or found.train))
     with torch_settings(config.cpu_threads), host.lease.hold(), host.models.borrow() as model:
-        sweep = _swept(config, model, host.lease, _Run(items, sink, control))
+        sweep = _swept(config, model, host.lease, _Run(items, sink, control, start))
     if len(sweep.points) < 2:
         raise DataError("find-lr: stopped before anything was measured")
     return judged(sweep.points)
@@ -97,6 +99,7 @@ class _Run:
     items: Items
     sink: EventSink
     control: Control
+    start: Start
 
 
 @dataclass
@@ -142,7 +145,7 @@ def _swept(config: Config, model: Model, lease: GpuLease, run: _Run) -> Sweep:
         while True:
             feed = Feed.of(config, prepare.data.train, model, planning.plan.parts)
             choose = partial(kernels.ops, shapes=feed.shapes)
-            with open_segment(config, model, None, planning.plan, choose) as segment:
+            with open_segment(config, model, None, planning.plan, choose, run.start) as segment:
                 sweep = Sweep(segment, Validator(prepare.data.held_out.samples), run.sink, run.control)
                 outcome = _sweep(sweep, feed, planning, lease)
             if outcome is not Outcome.OUT_OF_MEMORY:

@@ -24,6 +24,7 @@ from lora_trainer.training.feed import Feed
 from lora_trainer.training.fidelity import Fidelity
 from lora_trainer.training.fit import Interrupted, Loop, Outcome, ask, fit
 from lora_trainer.training.forecast import FromFirstSteps
+from lora_trainer.training.initial import what_of
 from lora_trainer.training.judging import Validation
 from lora_trainer.training.keeper import Keeper
 from lora_trainer.training.output import Output, Progress
@@ -120,6 +121,7 @@ class Job:
             base=self._base,
             data=resume.digest(self.items),
             losses=list(self._losses),
+            initial=dict(self.output.start.origin),
             rollbacks=self.keeper.rollbacks,
             curve=list(self.validation.curve),
             checkpointing=self.planning.plan.checkpointing,
@@ -134,6 +136,7 @@ class Job:
             self._base = fingerprint(model.unet, *model.text.modules)
             if self.begun.kept is not None:
                 resume.same_base(self.begun.kept.facts, self._base)
+            self._begin_with(model)
         outcome = self.prepare(model, lease)
         if outcome is not Outcome.DONE:
             return outcome
@@ -142,7 +145,8 @@ class Job:
         feed = Feed.of(self.config, self.prepare.data.train, model, self.planning.plan.parts)
         steps = self.config.max_train_steps or self.config.epochs * feed.steps_per_epoch
         choose = partial(self.kernels.ops, shapes=feed.shapes)
-        with open_segment(self.config, model, self._state, self.planning.plan, choose) as segment:
+        start = self.output.start
+        with open_segment(self.config, model, self._state, self.planning.plan, choose, start) as segment:
             if not self._told:
                 self._begin(segment, steps)
             outcome = self._rehearse(segment, feed, steps, lease)
@@ -153,6 +157,12 @@ class Job:
             else:
                 self._finish(segment, feed, steps)
         return outcome
+
+    def _begin_with(self, model: Model) -> None:
+        """Before anything is encoded. Raises ModelError for an initial LoRA that does not fit."""
+        placed = self.output.start.placed(self.config, model)
+        if placed:
+            self.sink(Notice(text=what_of(placed, self.config)))
 
     def _leave(self, segment: Segment, feed: Feed, outcome: Outcome) -> None:
         """What the next segment goes on from."""

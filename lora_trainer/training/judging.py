@@ -137,7 +137,7 @@ class Validation:
             lora, train = self._losses(segment.judge)
             if self.curve:
                 return Point(step, self.curve[0].base, lora, train, self.curve[0].train_base)
-            if step == 0:
+            if step == 0 and self.config.initial_lora is None:
                 return Point(step, lora, lora, train, train)
             with segment.base():
                 base, train_base = self._losses(segment.judge)

@@ -14,7 +14,7 @@ from torch import Tensor
 from lora_trainer.adapters.metadata import BaseFacts, DataFacts, Folder, RunFacts, build_metadata
 from lora_trainer.adapters.naming import to_diffusers
 from lora_trainer.adapters.parts import parts_of
-from lora_trainer.adapters.save import assemble
+from lora_trainer.adapters.save import PRECISIONS, assemble
 from lora_trainer.config import Config, trigger_words_of
 from lora_trainer.config.export import to_header, to_yaml
 from lora_trainer.dataset.grouping import by_folder
@@ -27,10 +27,10 @@ from lora_trainer.models.model import Model
 from lora_trainer.sampling import Recipe, generate
 from lora_trainer.training import randomness
 from lora_trainer.training.described import kohya_settings
+from lora_trainer.training.initial import NOTHING, Start
 from lora_trainer.training.rescue import rescued
 from lora_trainer.training.segment import Segment, State
 
-PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 # The tensors of each kind of adapter that are zero before the first step.
 BEGIN_AT_ZERO = ("lora_up.weight", "lora_B.weight", "hada_w2_b", "lokr_w2", "lokr_w2_b")
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
@@ -47,7 +47,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Output:
-    """The files of one run, under a claimed `name`."""
+    """The files of one run, under a claimed `name`, that began with `start`."""
 
     config: Config
     store: LoraStore
@@ -56,6 +56,7 @@ class Output:
     started_at: float
     clock: Callable[[], float]
     painter: Painter | None = None
+    start: Start = NOTHING
 
     def save(
         self, segment: Segment, data: Prepared, progress: Progress, *, final: bool, weights: State | None = None
@@ -190,6 +191,7 @@ class Output:
             trigger_words=trigger_words_of(self.config),
             config_json=to_header(self.config),
             timesteps=(self.config.min_timestep, self.config.max_timestep),
+            initial=self.start.origin,
             settings=kohya_settings(self.config) | {"clip_skip": skip if skip > 1 else None},
         )
         facts = DataFacts(folders, data.buckets, resolution, progress.batches_per_epoch, others)

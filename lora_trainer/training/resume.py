@@ -19,6 +19,7 @@ from lora_trainer.events import EventSink, Finished, Notice
 from lora_trainer.files import sweep_folder
 from lora_trainer.hosts.ports import LoraStore
 from lora_trainer.training.data import Items
+from lora_trainer.training.initial import other_start
 from lora_trainer.training.sliders import is_drawn
 from lora_trainer.training.states import FOLDER, Facts, Kept, StateFolder, folders, numbered
 
@@ -87,6 +88,9 @@ def compare(facts: Facts, config: Config) -> None:
             f"resume: the run of {facts.name} at step {facts.step} began with other settings ({told}): take those, or "
             "train without --resume"
         )
+    told = other_start(facts.initial, config)
+    if told is not None:
+        raise ResumeError(f"resume: the run of {facts.name} began elsewhere ({told}): take that, or train anew")
 
 
 def same_base(facts: Facts, base: str) -> None:

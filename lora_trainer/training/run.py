@@ -11,6 +11,7 @@ from lora_trainer.hosts.ports import Control, Host
 from lora_trainer.training import data, resume, trial
 from lora_trainer.training.control import StopOnly
 from lora_trainer.training.fit import Outcome
+from lora_trainer.training.initial import Start
 from lora_trainer.training.job import GOES_ON, Job
 from lora_trainer.training.library import optimizer_class
 from lora_trainer.training.output import Output
@@ -43,7 +44,8 @@ def run(
             sink(begun.finished)
             return begun.finished
         started_at = begun.kept.facts.started_at if begun.kept is not None else clock()
-        output = Output(config, host.store, sink, begun.name, started_at, clock, host.painter)
+        start = Start.of(config) if begun.kept is None else Start(begun.kept.facts.initial)
+        output = Output(config, host.store, sink, begun.name, started_at, clock, host.painter, start)
         job = Job(config, items, output, sink, control or StopOnly(), begun)
         try:
             outcome = _segments(job, host)

@@ -33,6 +33,7 @@ from lora_trainer.training.chosen import (
 from lora_trainer.training.clip import StepClip
 from lora_trainer.training.dropout import LoraDropout, Shares
 from lora_trainer.training.fused import Fused, fuse, is_linear
+from lora_trainer.training.initial import NOTHING, Start, fill
 from lora_trainer.training.ladder import ALL, Plan
 from lora_trainer.training.lessons import lesson_of
 from lora_trainer.training.library import optimizer_notices, optimizer_of
@@ -168,14 +169,22 @@ class Segment:
 
 @contextmanager
 def open_segment(
-    config: Config, model: Model, state: State | None, plan: Plan | None = None, choose: ChooseOps | None = None
+    config: Config,
+    model: Model,
+    state: State | None,
+    plan: Plan | None = None,
+    choose: ChooseOps | None = None,
+    start: Start = NOTHING,
 ) -> Iterator[Segment]:
-    """Inject the adapters into `model`'s views and go on from `state`; the views are clean of hooks afterwards.
+    """Inject the adapters into `model`'s views and go on from `state`, or begin with `start`; the views are clean of
+    hooks afterwards.
 
     `choose` is asked for the operations; left out, for the fastest ones at once.
     """
     precision, _ = resolve(config.mixed_precision, model.facts.device)
+    placed = start.placed(config, model) if state is None else {}
     adapters = injected(config, model)
+    fill(adapters, placed)
     downs = {name: down for adapter in adapters.values() for name, down in adapter.downs().items()}
     changes = {name: change for adapter in adapters.values() for name, change in adapter.changes().items()}
     shares = Shares(config.lora_dropout, config.rank_dropout, config.module_dropout)

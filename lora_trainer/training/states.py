@@ -39,7 +39,7 @@ _FACTS, _HASH = "lora_trainer_state", "sha256"
 class Facts(msgspec.Struct, frozen=True, kw_only=True):
     """What a state says beside its tensors. `base` and `data` tell what the run began with; `losses` are those of the
     window that the mean is taken over; `curve` is what was measured, and the weights at its best are among the tensors;
-    `checkpointing` and `parts` are the rung of the memory ladder."""
+    `initial` is the LoRA that it started from; `checkpointing` and `parts` are the rung of the memory ladder."""
 
     version: int = VERSION
     step: int
@@ -51,6 +51,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     losses: list[float]
     rollbacks: int
     curve: list[Point] = []
+    initial: dict[str, str] = {}
     checkpointing: int
     parts: int
     tier: str

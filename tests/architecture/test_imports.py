@@ -24,6 +24,7 @@ NEVER = {
     "models/": {"gradio", "modules"},
     "adapters/": {"gradio", "modules"},
     "kernels/": {"gradio", "modules", "diffusers", "peft", "transformers"},
+    "tools/": {"gradio", "modules"},
     "training/": {"gradio", "modules"},
     "imports/": {"torch", "gradio", "modules"},
     "jobs/": {"torch", "gradio", "modules"},

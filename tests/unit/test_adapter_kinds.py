@@ -297,6 +297,7 @@ def test_a_dora_of_the_outputs_is_refused(settings):
             "scale_weight_norms: expected adapter lora beside it, found dora",
         ),
         ({"adapter": "dora", "output_format": "both"}, "output_format: expected webui, since diffusers reads no dora"),
+        ({"adapter": "loha", "initial_lora": "x"}, "initial_lora: expected adapter lora beside it, found loha"),
         ({"lokr_factor": 4}, "lokr_factor: expected adapter lokr beside it, found lora"),
         ({"adapter": "lohr"}, "adapter: expected lora, dora, loha or lokr, found 'lohr'; did you mean lo"),
     ],

@@ -250,3 +250,15 @@ def test_the_card_of_several_concepts(fake_webui, folder, pictures):
     assert values["activation text"] == "sks, my wall, my gate"
     # Of the pictures in the concepts, not of those beside them.
     assert Image.open(lora.with_suffix(".png")).size == (128, 64)
+
+
+def test_a_lora_to_start_from_is_known_by_its_name(fake_webui, own):
+    """In a subfolder, by what it calls itself, or not yet scanned; a path stays one."""
+    fake_webui.model  # noqa: B018
+    named = fake_webui.host("store").named_lora
+    style = own("sub/style", ss_output_name="my style")
+    assert {named(text) for text in ("style", "style.safetensors", "my style")} == {str(style)}
+    new = add_lora(fake_webui.loras, "new")
+    assert named("new") == str(new)
+    for text in ("unknown", "/elsewhere/style.safetensors", "sub/style", "C:style", "..", ""):
+        assert named(text) == text

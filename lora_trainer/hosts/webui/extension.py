@@ -28,7 +28,7 @@ from lora_trainer.hosts.roots import Roots
 from lora_trainer.hosts.webui.captioning import Captioning
 from lora_trainer.hosts.webui.interrupt import watch_reloads
 from lora_trainer.hosts.webui.merged import make_known
-from lora_trainer.hosts.webui.store import lora_dir
+from lora_trainer.hosts.webui.store import lora_dir, named_lora
 from lora_trainer.hosts.webui.tensors import refusal
 from lora_trainer.jobs.service import JobService
 from lora_trainer.jobs.view import JobView
@@ -186,9 +186,13 @@ def started(_: Any, app: Any) -> None:
 
 
 def _given(settings: Mapping[str, object]) -> dict[str, object]:
-    """What is set. Nothing is a value where it is allowed and a preset might give another."""
+    """What is set. Nothing is a value where it is allowed and a preset might give another; a LoRA's name becomes its
+    file."""
     kept = {key for key in preset_keys() if options()[key].optional}
-    return {key: value for key, value in settings.items() if value is not None or key in kept}
+    given = {key: value for key, value in settings.items() if value is not None or key in kept}
+    if isinstance(given.get("initial_lora"), str):
+        given["initial_lora"] = named_lora(given["initial_lora"])
+    return given
 
 
 def _family(sd_model: Any) -> str:

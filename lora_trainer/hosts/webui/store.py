@@ -94,6 +94,18 @@ def lora_dir() -> Path:
     return Path(shared.cmd_opts.lora_dir)
 
 
+def named_lora(text: str) -> str:
+    """The file of the LoRA that prompts know by this name; a path stays as it is."""
+    if not text or text != Path(text).name or "\\" in text or ":" in text:
+        return text
+    networks = lora_extension()
+    for known in (getattr(networks, names, {}) for names in ("available_networks", "available_network_aliases")):
+        entry = known.get(text.removesuffix(LORA))
+        if entry is not None:
+            return entry.filename
+    return next((str(path) for path in lora_dir().rglob(f"*{LORA}") if path.stem == text.removesuffix(LORA)), text)
+
+
 def _known(networks: Any) -> Iterator[str]:
     for names in ("available_networks", "available_network_aliases"):
         yield from getattr(networks, names, ())
