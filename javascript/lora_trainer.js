@@ -9,7 +9,7 @@
     // A second click that comes this soon belongs to a double click.
     const DOUBLE_MS = 1000;
     const DROP = "#lora_trainer_drop";
-    const SUBMITS = "#lora_trainer_train, #lora_trainer_try_out";
+    const SUBMITS = "#lora_trainer_train, #lora_trainer_try_out, #lora_trainer_find_rate";
 
     let askedAt = 0;
     let askedBeat = null;

@@ -28,6 +28,16 @@ class Point(NamedTuple):
     train_base: float | None = None
 
 
+class Comparison(NamedTuple):
+    """`events.Compared` without its score."""
+
+    step: int
+    likeness: float
+    drift: float
+    clip_image: float | None = None
+    clip_text: float | None = None
+
+
 def best(curve: Sequence[Point]) -> Point | None:
     """The lowest held-out loss that a LoRA reached, the first of equals."""
     reached = [point for point in curve if point.step > 0 and math.isfinite(point.lora)]

@@ -66,6 +66,24 @@ class StepDone(Event, tag="step"):
     memory: int | None = None
 
 
+class RateTried(Event, tag="rate"):
+    """The finder's sweep: the learning rate of its update `step`, and the loss after it; at step 0 the base model's.
+    `eta` is the seconds that are left, if it goes to its end."""
+
+    step: int
+    steps: int
+    learning_rate: float
+    loss: float
+    eta: float | None = None
+
+
+class RateFound(Event, tag="rate found"):
+    """What the finder suggests, None where nothing was learned at any rate; `why` is a sentence."""
+
+    learning_rate: float | None
+    why: str
+
+
 class Validated(Event, tag="validated"):
     """Loss with fixed noise and timesteps: of held-out pictures with the base model, and with the LoRA at this step;
     of as many training pictures the same."""
@@ -80,12 +98,15 @@ class Validated(Event, tag="validated"):
 class Compared(Event, tag="compared"):
     """Fidelity against drift. `likeness`: of pictures that are drawn now to training pictures, 0 as the base's, 1 as
     those are to each other; `drift`: how far other prompts have moved from the base, as a share of its own scale;
-    `score`: the likeness, less by the share of drift."""
+    `score`: the likeness, less by the share of drift. With a CLIP model, the mean cosine similarities of the drawn
+    pictures: to training pictures, and to their prompts."""
 
     step: int
     likeness: float
     drift: float
     score: float
+    clip_image: float | None = None
+    clip_text: float | None = None
 
 
 class Saving(Event, tag="saving"):
@@ -118,7 +139,20 @@ class Finished(Event, tag="finished"):
     overfit: bool = False
 
 
-AnyEvent = Notice | Progress | Started | Forecast | StepDone | Validated | Compared | Saving | Saved | Finished
+AnyEvent = (
+    Notice
+    | Progress
+    | Started
+    | Forecast
+    | StepDone
+    | RateTried
+    | RateFound
+    | Validated
+    | Compared
+    | Saving
+    | Saved
+    | Finished
+)
 
 
 class EventSink(Protocol):

@@ -22,6 +22,7 @@ from lora_trainer.events import (
     Forecast,
     Notice,
     Progress,
+    RateFound,
     Saved,
     Started,
     StepDone,
@@ -52,7 +53,7 @@ class CsvLog:
 
     STEPS = ("step", "epoch", "loss", "learning_rate", "grad_norm", "seconds")
     VALIDATION = ("step", "base", "lora", "train", "train_base")
-    DRIFT = ("step", "likeness", "drift", "score")
+    DRIFT = ("step", "likeness", "drift", "score", "clip_image", "clip_text")
 
     def __init__(self, folder: Path, goes_on: bool = False) -> None:
         self.folder, self.goes_on = folder, goes_on
@@ -131,8 +132,9 @@ class TensorBoardLog:
             if event.train is not None:
                 self._writer.add_scalar("validation/train", event.train, event.step)
         elif isinstance(event, Compared):
-            self._writer.add_scalar("validation/likeness", event.likeness, event.step)
-            self._writer.add_scalar("validation/drift", event.drift, event.step)
+            for name in ("likeness", "drift", "clip_image", "clip_text"):
+                if (value := getattr(event, name)) is not None:
+                    self._writer.add_scalar(f"validation/{name}", value, event.step)
 
     def close(self) -> None:
         self._writer.close()
@@ -224,11 +226,11 @@ def sentences(event: AnyEvent) -> Iterator[str]:
         yield f"{memory}about {in_words(event.seconds)}"
     elif isinstance(event, Validated):
         yield f"step {event.step}: held-out loss {_against(event.lora, event.base, event.step)}{_beside(event)}"
-    elif isinstance(event, Compared) and event.step:
-        yield (
-            f"step {event.step}: drawings are {event.likeness:.0%} of the way to the training pictures, other prompts "
-            f"changed by {event.drift:.1%}"
-        )
+    elif isinstance(event, Compared):
+        yield from _compared(event)
+    elif isinstance(event, RateFound):
+        rate = "no learning rate found" if event.learning_rate is None else f"learning_rate={event.learning_rate:g}"
+        yield f"{rate}: {event.why}"
     elif isinstance(event, Saved):
         yield f"saved {event.path}"
     elif isinstance(event, Finished):
@@ -238,6 +240,19 @@ def sentences(event: AnyEvent) -> Iterator[str]:
 def _against(loss: float, base: float, step: int) -> str:
     change = f"{loss / base - 1:+.1%} against the base" if base else f"the base {base:.4f}"
     return f"{loss:.4f}, {change}" if step else f"{loss:.4f} (the base)"
+
+
+def _compared(event: Compared) -> Iterator[str]:
+    clip = ""
+    if event.clip_image is not None and event.clip_text is not None:
+        clip = f"CLIP {event.clip_image:.3f} to training pictures, {event.clip_text:.3f} to prompts"
+    if event.step:
+        yield (
+            f"step {event.step}: drawings are {event.likeness:.0%} of the way to the training pictures, other prompts "
+            f"changed by {event.drift:.1%}{f'; {clip}' if clip else ''}"
+        )
+    elif clip:
+        yield f"step 0: drawings without the LoRA: {clip}"
 
 
 def _beside(event: Validated) -> str:

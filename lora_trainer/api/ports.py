@@ -30,6 +30,10 @@ class ApiHost(Protocol):
         """Complete `settings` with what the host knows, check them and queue the job. Raises UserError."""
         ...
 
+    def find_rate(self, settings: Mapping[str, object]) -> JobView:
+        """The same with a search for a learning rate. Raises UserError."""
+        ...
+
 
 class EditorHost(Protocol):
     """What the caption editor needs."""

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 PREFIX = "/lora-trainer/v1"
 MAX_BODY = 1024 * 1024
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
-_DETAILS = {"losses", "validations", "comparisons", "log", "settings", "details"}
+_DETAILS = {"losses", "validations", "comparisons", "sweep", "log", "settings", "details"}
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -43,9 +43,17 @@ class Call:
 
 
 def submit(call: Call) -> Answer:
+    return _queued(call.host.submit, call.body)
+
+
+def find_rate(call: Call) -> Answer:
+    return _queued(call.host.find_rate, call.body)
+
+
+def _queued(queue: Callable[[dict[str, object]], JobView], body: bytes) -> Answer:
     wanted = "expected the settings as a JSON object"
     try:
-        settings = msgspec.json.decode(call.body)
+        settings = msgspec.json.decode(body)
     except (msgspec.MsgspecError, ValueError, RecursionError):
         return problem(400, f"{wanted}, found something that is not JSON")
     if not isinstance(settings, dict):
@@ -53,7 +61,7 @@ def submit(call: Call) -> Answer:
     # A near name is searched for each unknown key, which for a megabyte of them takes minutes.
     if len(settings) > len(options()):
         return problem(400, f"{wanted} with at most {len(options())} keys, found {len(settings)}")
-    return answer(call.host.submit(settings))
+    return answer(queue(settings))
 
 
 def list_jobs(call: Call) -> Answer:
@@ -83,6 +91,7 @@ def show_schema(call: Call) -> Answer:
 Handler = Callable[[Call], Answer]
 ROUTES: tuple[tuple[str, str, Handler], ...] = (
     ("POST", "/jobs", submit),
+    ("POST", "/find-lr", find_rate),
     ("GET", "/jobs", list_jobs),
     ("GET", "/jobs/{id}", show_job),
     ("POST", "/jobs/{id}/stop", stop_job),

@@ -49,3 +49,12 @@ class Judging(Learning, frozen=True, kw_only=True, forbid_unknown_fields=True):
     drift_prompts: Annotated[
         list[str], about(PREVIEWS, "The other prompts, which the LoRA should leave alone; a few usual ones when empty.")
     ] = msgspec.field(default_factory=list)
+    clip_model_dir: (
+        Annotated[
+            str,
+            about(
+                PREVIEWS, "For measure_drift: a folder with a CLIP model of transformers, for CLIP scores beside it."
+            ),
+        ]
+        | None
+    ) = None

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 NONE = "none"
-FAMILIES = {"sd15": "SD1.5", "sdxl": "SDXL"}
+# SD2's UNet is SD1.5's, with a wider text encoder in front: what suits one suits the other.
+FAMILIES = {"sd15": "SD1.5 and SD2", "sdxl": "SDXL"}
 Values = Mapping[str, Any]
 # Four pictures a step, as by default, in the memory of a card with 12 to 24 GB.
 _HALF_BATCHES = {"batch_size": 2, "gradient_accumulation_steps": 2}
@@ -39,7 +40,7 @@ PRESETS = {
     ),
     "character": Preset(
         "A face is small details under a new name, mostly from few pictures: half the learning rate over twice the "
-        "epochs, min-SNR against learning their grain, and on SD1.5 the text encoder learns the name.",
+        "epochs, min-SNR against learning their grain, and on SD1.5 and SD2 the text encoder learns the name.",
         {"lora_rank": 16, "epochs": 20, "learning_rate": 1e-4, "lr_scheduler": "cosine", "min_snr_gamma": 5.0},
         sd15={"train_text_encoder": True},
         sdxl=_HALF_BATCHES,

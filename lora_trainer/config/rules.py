@@ -19,6 +19,8 @@ FORBIDDEN = re.compile(r'[:<>,/\\|?*"\x00-\x1f\x7f]')
 RESERVED = {"none", "addams", "con", "prn", "aux", "nul"} | {f"{d}{n}" for d in ("com", "lpt") for n in range(1, 10)}
 MAX_NAME_BYTES = 150
 WEIGHTS = ("min_snr_gamma", "soft_min_snr_gamma", "debiased_estimation_loss", "scale_v_pred_loss_like_noise_pred")
+# These find the learning rate by themselves; learning_rate is a multiple of it.
+ADAPTS = ("prodigy", "prodigyplusschedulefree")
 ARGUMENT = re.compile(r"\s*[A-Za-z_]\w*\s*=\s*\S.*", re.DOTALL)
 MAX_TEXT, MAX_ENTRIES, MAX_CONCEPTS = 10_000, 1_000, 100
 
@@ -38,6 +40,8 @@ def _validation(config: Config) -> Iterator[str]:
 def _drift(config: Config) -> Iterator[str]:
     if config.drift_prompts and not config.measure_drift:
         yield "drift_prompts: expected measure_drift beside them, found it switched off"
+    if config.clip_model_dir and not config.measure_drift:
+        yield "clip_model_dir: expected measure_drift beside it, found it switched off"
 
 
 def _previews(config: Config) -> Iterator[str]:
@@ -164,3 +168,9 @@ RULES = (
     _warmup,
     _name,
 )
+
+
+def unsearchable(config: Config) -> Iterator[str]:
+    """Why no learning rate can be looked for."""
+    if config.optimizer in ADAPTS:
+        yield f"optimizer: {config.optimizer} finds the learning rate by itself; give it learning_rate=1"

@@ -26,7 +26,7 @@ MAX_REPEATS = 1000
 # The options that name a file or a folder.
 PATHS = (
     *("base_model", "train_data_dir", "metadata_path", "validation_data_dir", "mask_dir", "reg_data_dir"),
-    *("original_data_dir", "initial_lora", "cache_dir", "output_dir"),
+    *("original_data_dir", "initial_lora", "cache_dir", "output_dir", "clip_model_dir"),
 )
 # The options that name code to run: neither a visitor of the WebUI nor a file may give them.
 TRUSTED = ("optimizer_class",)

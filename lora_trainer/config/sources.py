@@ -69,8 +69,8 @@ def parse_overrides(arguments: Sequence[str]) -> Mapping[str, object]:
 
 
 def family_of(*sources: Mapping[str, object]) -> str:
-    """The family of their base_model, of `presets.FAMILIES`, by the names in its header; sd15 where none can be read,
-    of which the training then says why."""
+    """The family of their base_model, of `presets.FAMILIES`, by the names in its header; sd15, which is SD2's too,
+    also where none can be read, of which the training then says why."""
     path = next((source["base_model"] for source in reversed(sources) if source.get("base_model")), None)
     readable = isinstance(path, str) and path.lower().endswith(".safetensors")
     try:

@@ -103,7 +103,7 @@ def left_out(subject: Subject) -> Iterator[Finding]:
         if picture.facts.animated:
             reason = "only its first frame is trained on"
             yield Finding("animated", "advice", (picture.path,), reason, "Save the frame that you want as PNG.")
-        elif picture.facts.transparent:
+        elif picture.facts.transparent and not subject.wanted.masked:
             reason = "what is transparent becomes white"
             mend = "Lay it on the background that you want, and save it without transparency."
             yield Finding("transparent", "advice", (picture.path,), reason, mend)

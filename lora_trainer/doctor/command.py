@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--trigger-words", default="", help="as the training will be given them")
     parser.add_argument("--resolution", type=int, default=Wanted.resolution, help="as the training will be given it")
+    parser.add_argument("--masked-loss", action="store_true", help="as the training will be given it")
     parser.add_argument("--json", action="store_true", help="the report as JSON on standard output")
     parser.add_argument("--sheet", type=Path, help="draw the pictures with their findings: a .png or .jpg file")
 
@@ -45,7 +46,7 @@ def check(arguments: argparse.Namespace, sink: EventSink) -> bool:
         raise ConfigError([f"resolution: expected {bounds}, found {arguments.resolution}"])
     if arguments.sheet:
         sheet.check_name(arguments.sheet)
-    wanted = Wanted(arguments.resolution, trigger_words=arguments.trigger_words)
+    wanted = Wanted(arguments.resolution, trigger_words=arguments.trigger_words, masked=arguments.masked_loss)
     with quiet_pillow():
         report = examine(
             arguments.folder,

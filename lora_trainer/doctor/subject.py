@@ -14,11 +14,12 @@ from lora_trainer.doctor.pictures import Measures, Picture
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the training will be told."""
+    """What the training will be told. `masked`: masked_loss, for which transparent parts are the mask."""
 
     resolution: int = 512
     allow_upscaling: bool = False
     trigger_words: str = ""
+    masked: bool = False
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,9 @@ import torch
 from lora_trainer.adapters.hashes import checkpoint_hashes
 from lora_trainer.config import Config
 from lora_trainer.errors import ConfigError
-from lora_trainer.events import EventSink, Finished, Saved
+from lora_trainer.events import EventSink, Finished
 from lora_trainer.files import publish
 from lora_trainer.hosts.ports import Host
-from lora_trainer.lineplot import line_plot, png
 from lora_trainer.logs import CsvLog, TensorBoardLog, fan_out
 from lora_trainer.models.checkpoint import FileIdentity
 from lora_trainer.models.model import CheckpointHashes, Model
@@ -50,19 +49,7 @@ def find_learning_rate(config: Config, sink: EventSink) -> Finding:
     what was measured. Raises UserError."""
     with stop_on_interrupt() as stop:
         finding = find_rate(config, host_of(config), sink, StopOnly(stop))
-    folder = Path(config.output_dir)
-    title = f"Loss on the same pictures, noise and timesteps; {finding.summary}"
-    picture = line_plot(
-        finding.points,
-        title=title,
-        axis="learning rate, rising step by step",
-        # Where it blows up would else flatten all that matters.
-        most=1.1 * finding.points[0][1],
-        mark=finding.rate,
-    )
-    for path, data in ((folder / "find-lr.csv", finding.csv()), (folder / "find-lr.png", png(picture))):
-        publish(data, path)
-        sink(Saved(path=str(path), step=len(finding.points), kind="report"))
+    finding.put(Path(config.output_dir), sink)
     return finding
 
 

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import msgspec
 
-from lora_trainer.curve import Point
+from lora_trainer.curve import Comparison, Point
 from lora_trainer.events import (
     AnyEvent,
     Compared,
@@ -16,6 +16,8 @@ from lora_trainer.events import (
     Forecast,
     Notice,
     Progress,
+    RateFound,
+    RateTried,
     Saved,
     Started,
     StepDone,
@@ -120,6 +122,17 @@ def _(event: StepDone, view: JobView) -> JobView:
 
 
 @_tell.register
+def _(event: RateTried, view: JobView) -> JobView:
+    tried = (*_before(view.sweep, event.learning_rate), (event.learning_rate, event.loss))
+    return replace(view, step=event.step, steps=event.steps, eta=event.eta, sweep=tried, suggested=None, why=None)
+
+
+@_tell.register
+def _(event: RateFound, view: JobView) -> JobView:
+    return replace(view, suggested=event.learning_rate, why=event.why)
+
+
+@_tell.register
 def _(event: Validated, view: JobView) -> JobView:
     point = Point(event.step, event.base, event.lora, event.train, event.train_base)
     return replace(view, validations=(*_before(view.validations, event.step), point))
@@ -127,7 +140,7 @@ def _(event: Validated, view: JobView) -> JobView:
 
 @_tell.register
 def _(event: Compared, view: JobView) -> JobView:
-    row = (event.step, event.likeness, event.drift)
+    row = Comparison(event.step, event.likeness, event.drift, event.clip_image, event.clip_text)
     return replace(view, comparisons=(*_before(view.comparisons, event.step), row))
 
 
@@ -149,8 +162,8 @@ def _(event: Notice, view: JobView) -> JobView:
     return view
 
 
-def _before(points: tuple[Row, ...], step: int) -> tuple[Row, ...]:
-    """Without `step` and what came after it: a run may have gone back there."""
+def _before(points: tuple[Row, ...], step: float) -> tuple[Row, ...]:
+    """Without `step` (or learning rate) and what came after it: a run may have gone back there."""
     return points if not points or points[-1][0] < step else tuple(point for point in points if point[0] < step)
 
 

@@ -20,6 +20,8 @@ from lora_trainer.events import (
     EventSink,
     Finished,
     Progress,
+    RateFound,
+    RateTried,
     Saved,
     Saving,
     Started,
@@ -29,7 +31,7 @@ from lora_trainer.events import (
 from lora_trainer.hosts.ports import Control
 from lora_trainer.jobs.control import JobControl
 from lora_trainer.jobs.fold import Changed, Told, fold
-from lora_trainer.jobs.states import ENDED, FOLLOWS, State
+from lora_trainer.jobs.states import ENDED, FOLLOWS, Kind, State
 from lora_trainer.jobs.store import Head, JobFolder, first_view, read_jobs
 from lora_trainer.jobs.view import JobView
 from lora_trainer.report import report
@@ -37,10 +39,13 @@ from lora_trainer.report import report
 # Runs a job, from where an earlier call left it.
 Work = Callable[[str, Config, EventSink, Control], Finished]
 # What is on disk before it shows; the rest is telemetry, which comes again when a run goes on from before it.
-LIFECYCLE = (Started, Saved, Validated, Compared, Finished)
+LIFECYCLE = (Started, Saved, Validated, Compared, RateFound, Finished)
 FLUSH_SECONDS = 1.0
 _LOGGER = logging.getLogger(__name__)
-INTERRUPTED = "interrupted when the WebUI closed; Continue goes on where it was"
+INTERRUPTED: dict[Kind, str] = {
+    "train": "interrupted when the WebUI closed; Continue goes on where it was",
+    "find-lr": "interrupted when the WebUI closed; Continue begins again",
+}
 
 
 @dataclass
@@ -55,12 +60,16 @@ class JobService:
     """Every job of this WebUI, those of earlier processes too.
 
     A change of state is on disk before a view shows it. Jobs run in the order they came; one that is paused, or was
-    interrupted by the end of the process, keeps its place until it is told to go on or to stop. `work` runs a job; it
-    raises UserError for what the user can mend. Views are immutable, and reading them never waits for work.
+    interrupted by the end of the process, keeps its place until it is told to go on or to stop. `work` runs a training,
+    `find` a search for a learning rate; both raise UserError for what the user can mend. Views are immutable, and
+    reading them never waits for work.
     """
 
-    def __init__(self, folder: Path, work: Work, *, clock: Callable[[], float] = time.time) -> None:
-        self._folder, self._work, self._clock = folder, work, clock
+    def __init__(
+        self, folder: Path, work: Work, *, find: Work | None = None, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._folder, self._clock = folder, clock
+        self._works: dict[Kind, Work | None] = {"train": work, "find-lr": find}
         self._changed = threading.Condition()
         self._jobs: dict[str, _Job] = {}
         self._closing = False
@@ -72,12 +81,12 @@ class JobService:
         self._worker = threading.Thread(target=self._run, name="lora-trainer-jobs", daemon=True)
         self._worker.start()
 
-    def submit(self, config: Config) -> JobView:
+    def submit(self, config: Config, kind: Kind = "train") -> JobView:
         """Queue a job. Raises OutputError when its folder cannot be written."""
         created = self._clock()
         stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(created))
         settings: Mapping[str, object] = msgspec.to_builtins(config)
-        head = Head(f"{stamp}-{secrets.token_hex(3)}", output_name_of(config), created, dict(settings))
+        head = Head(f"{stamp}-{secrets.token_hex(3)}", output_name_of(config), created, dict(settings), kind)
         job = self._job(first_view(head), JobFolder.create(self._folder, head))
         try:
             job.folder.append(Changed(created, "queued", "waiting"), durable=True)
@@ -160,7 +169,7 @@ class JobService:
         job.control.pause()
         if job.view.state == "paused":
             return
-        self._enter(job, "paused", INTERRUPTED)
+        self._enter(job, "paused", INTERRUPTED[job.view.kind])
 
     def _run(self) -> None:
         while True:
@@ -186,7 +195,8 @@ class JobService:
             self._enter(job, "preparing", "waiting for the WebUI")
         try:
             config = build(job.view.settings)
-            finished = self._work(job.view.id, config, lambda event: self._tell(job, event), job.control)
+            work = self._works[job.view.kind]
+            finished = work(job.view.id, config, lambda event: self._tell(job, event), job.control)
         except UserError as error:
             self._fail(job, error, str(error))
         except Exception as error:
@@ -198,12 +208,12 @@ class JobService:
         self._enter(job, "paused" if paused else "preparing", None if paused else "waiting for the WebUI")
 
     def _tell(self, job: _Job, event: AnyEvent) -> None:
-        if isinstance(event, StepDone) and job.view.state != "training":
+        if isinstance(event, (StepDone, RateTried)) and job.view.state != "training":
             self._enter(job, "training")
         if isinstance(event, Saving) and job.view.state != "saving":
             self._enter(job, "saving")
         line = Told(self._clock(), event)
-        soon = not isinstance(event, (StepDone, Progress)) or line.at - job.flushed >= FLUSH_SECONDS
+        soon = not isinstance(event, (StepDone, RateTried, Progress)) or line.at - job.flushed >= FLUSH_SECONDS
         self._record(job, line, flush=soon)
         job.flushed = line.at if soon else job.flushed
 

@@ -1,9 +1,10 @@
-"""The states of a job, and which may follow which."""
+"""The kinds of jobs, their states, and which may follow which."""
 
 from __future__ import annotations
 
 from typing import Literal, get_args
 
+Kind = Literal["train", "find-lr"]
 State = Literal["queued", "preparing", "training", "paused", "saving", "done", "stopped", "failed"]
 STATES: tuple[State, ...] = get_args(State)
 ENDED: frozenset[State] = frozenset({"done", "stopped", "failed"})

@@ -13,6 +13,7 @@ import msgspec
 from lora_trainer.errors import OutputError
 from lora_trainer.files import append, not_written, publish, remove, sweep_folder
 from lora_trainer.jobs.fold import Changed, Line, Told, fold
+from lora_trainer.jobs.states import Kind
 from lora_trainer.jobs.view import JobView
 
 EVENTS, SETTINGS = "events.jsonl", "settings.json"
@@ -25,6 +26,7 @@ class Head(msgspec.Struct, frozen=True):
     name: str
     created: float
     settings: dict[str, object]
+    kind: Kind = "train"
 
 
 @dataclass
@@ -82,7 +84,8 @@ class JobFolder:
 
 
 def first_view(head: Head) -> JobView:
-    return JobView(id=head.id, name=head.name, state="queued", created=head.created, settings=head.settings)
+    known = {"name": head.name, "created": head.created, "settings": head.settings, "kind": head.kind}
+    return JobView(id=head.id, state="queued", **known)
 
 
 def read_jobs(parent: Path) -> Iterator[JobView]:

@@ -5,21 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lora_trainer.curve import Point
-from lora_trainer.jobs.states import State
+from lora_trainer.curve import Comparison, Point
+from lora_trainer.jobs.states import Kind, State
 
 
 @dataclass(frozen=True)
 class JobView:
     """Times are seconds since 1970, `eta` and `seconds_per_step` seconds, `memory` bytes held, `available`
     bytes there are for it. `losses` are (step, loss), thinned; `validations` (step, base, lora, train,
-    train_base), `comparisons` (step, likeness, drift) as in `events.Compared`; `output` has the finished LoRA first."""
+    train_base), `comparisons` as in `events.Compared`; `output` has the finished LoRA first.
+
+    Of a search for a learning rate (`kind` find-lr) `sweep` is (learning rate, loss), the base model's loss first; once
+    it has ended, `suggested` is a learning rate, None where nothing was learned, and `why` the reason."""
 
     id: str
     name: str
     state: State
     created: float
     settings: Mapping[str, object]
+    kind: Kind = "train"
     started: float | None = None
     finished: float | None = None
     stage: str = "waiting"
@@ -32,7 +36,10 @@ class JobView:
     seconds_per_step: float | None = None
     losses: tuple[tuple[int, float], ...] = ()
     validations: tuple[Point, ...] = ()
-    comparisons: tuple[tuple[int, float, float], ...] = ()
+    comparisons: tuple[Comparison, ...] = ()
+    sweep: tuple[tuple[float, float], ...] = ()
+    suggested: float | None = None
+    why: str | None = None
     eta: float | None = None
     memory: int | None = None
     available: int | None = None

@@ -93,7 +93,15 @@ def _posterior(vae: AutoencoderKL, pixels: Tensor) -> Moments:
 
 @torch.no_grad()
 def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Scaled latents [B, 4, h, w] to pixels [B, 3, 8h, 8w] in about -1 … 1, float32."""
+    """Scaled latents [B, 4, h, w] to pixels [B, 3, 8h, 8w] in about -1 … 1, float32; where a half-precision VAE
+    overflows, by a float32 copy of it."""
+    pixels = _decoded(vae, latents)
+    if not torch.isfinite(pixels).all() and next(vae.parameters()).dtype != torch.float32:
+        pixels = _decoded(deepcopy(vae).float(), latents)
+    return pixels
+
+
+def _decoded(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     parameter = next(vae.parameters())
     scaled = (latents / vae.config.scaling_factor).to(parameter.device, parameter.dtype)
     return vae.decode(scaled).sample.float()

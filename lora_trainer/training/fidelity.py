@@ -1,6 +1,7 @@
 """Fidelity against drift: how near drawn pictures come to the real ones, and how far other prompts have moved.
 
-Both with few fixed draws and the model itself, in latents: nothing is decoded or downloaded.
+Both with few fixed draws and the model itself, in latents: nothing is decoded or downloaded. CLIP scores of the
+decoded drawings come beside them where the user has a CLIP model.
 """
 
 from __future__ import annotations
@@ -8,15 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lora_trainer.config import Config
+from lora_trainer.dataset.images import load_image
 from lora_trainer.dataset.samples import Sample
 from lora_trainer.events import Compared, EventSink, Notice, Progress
+from lora_trainer.models.latents import decode, to_image
 from lora_trainer.sampling import conditions
 from lora_trainer.training import randomness
+from lora_trainer.training.clip_scores import Clip, Scores
 from lora_trainer.training.data import TrainingData
 from lora_trainer.training.judging import PASSES, SHARE, watched
 from lora_trainer.training.looks import answer, drawn, features
@@ -33,6 +38,10 @@ PROMPTS = (
 )
 # Pictures that are drawn, in so few steps, and real ones that they are compared with.
 PICTURES, STEPS, REAL = 8, 6, 24
+# For CLIP scores, forward passes that take as long as what they need for a drawn picture: beside one of SD1.5 at 512 px
+# (0.80 TFLOP) its decoding counts three (2.5 TFLOP) and CLIP ViT-L less than one (0.18); the rest is left for the copy
+# of CLIP to a GPU, 0.9 GB a measurement.
+CLIP_PASSES = 6
 # Not the run's, as in `validation.Validator`.
 SEED = 0
 
@@ -40,23 +49,30 @@ SEED = 0
 @dataclass(frozen=True)
 class Base:
     """What does not change over a run: the base's way with other prompts (timestep, shown, answered; on the CPU), what
-    it sees in real pictures [n, C], and how far its own pictures are from those."""
+    it sees in real pictures [n, C], how far its own pictures are from those, and CLIP's scores of them."""
 
     way: Sequence[tuple[int, Tensor, Tensor]]
     real: Tensor
     distance: float
+    scores: Scores | None
 
 
 @dataclass
 class Fidelity:
     """Measures a run at its steps, where `measure_drift` asks for it. Pictures are drawn for the captions of `_asked`,
-    which were never trained where pictures are held out, and held against the training pictures `_real`."""
+    which were never trained where pictures are held out, and held against the training pictures `_real`. Raises
+    ModelError where clip_model_dir holds no CLIP model."""
 
     config: Config
     sink: EventSink
     _asked: list[str] = field(default_factory=list, init=False)
     _real: list[Sample] = field(default_factory=list, init=False)
     _base: Base | None = field(default=None, init=False)
+    _clip: Clip | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        if self.config.clip_model_dir:
+            self._clip = Clip(Path(self.config.clip_model_dir))
 
     def look_at(self, data: TrainingData) -> None:
         """What is compared from now on: training pictures of the usual shape, spread over all."""
@@ -81,7 +97,8 @@ class Fidelity:
     @property
     def passes(self) -> int:
         """Forward passes of one measurement."""
-        return len(self.prompts) * STEPS + len(self._asked) * (STEPS + 1)
+        clip = CLIP_PASSES if self._clip else 0
+        return len(self.prompts) * STEPS + len(self._asked) * (STEPS + 1 + clip)
 
     def every(self, steps: int, validations: int) -> int:
         """Steps between two measurements in a run of `steps`, a multiple of those between two `validations`, so that
@@ -90,7 +107,8 @@ class Fidelity:
             return 0
         budget = SHARE * steps * self.config.batch_size * self.config.gradient_accumulation_steps * PASSES
         # Before the first step as much, and the real pictures; and once at the end.
-        count = int((budget - len(self._real)) / self.passes) - 2
+        once = len(self._real) * (2 if self._clip else 1)
+        count = int((budget - once) / self.passes) - 2
         if count < 1:
             return 0
         stride = max(1, validations)
@@ -108,13 +126,14 @@ class Fidelity:
                         self._base = self._of_base(segment)
                 begins_as_base = step == 0 and self.config.initial_lora is None
                 drift = 0.0 if begins_as_base else self._drift(segment)
-                likeness = 0.0 if begins_as_base else self._likeness(segment)
+                likeness, scores = (0.0, self._base.scores) if begins_as_base else self._judged(segment)
         except torch.cuda.OutOfMemoryError:
             torch.cuda.empty_cache()
             self.sink(Notice(text=f"step {step}: drift not measured, it does not fit into the memory", level="warning"))
             return
         self.sink(Progress(stage="comparing", done=1, total=1))
-        self.sink(Compared(step=step, likeness=likeness, drift=drift, score=likeness * (1 - drift)))
+        clip = {} if scores is None else {"clip_image": scores.image, "clip_text": scores.text}
+        self.sink(Compared(step=step, likeness=likeness, drift=drift, score=likeness * (1 - drift), **clip))
 
     def _of_base(self, segment: Segment) -> Base:
         x = self._noise(segment, "drift", len(self.prompts))
@@ -122,7 +141,8 @@ class Fidelity:
         latents = torch.stack([sample.latents[0] for sample in self._real])
         real = self._seen(segment, latents.to(x.device))
         on_host = [(t, shown.cpu(), answered.cpu()) for t, shown, answered in way]
-        return Base(on_host, real, self._distance(segment, real))
+        latents = self._drawn(segment)
+        return Base(on_host, real, distance(self._seen(segment, latents), real), self._scores(segment, latents))
 
     def _drift(self, segment: Segment) -> float:
         """How far answers to other prompts are from the base's, squared, as a share of the base's own; at the places to
@@ -135,17 +155,30 @@ class Fidelity:
             whole += there.square().sum().item()
         return moved / whole
 
-    def _likeness(self, segment: Segment) -> float:
-        """Few pictures can seem nearer than real ones are to each other: that is as near as it gets."""
+    def _judged(self, segment: Segment) -> tuple[float, Scores | None]:
+        """The likeness of what is drawn now, and CLIP's scores. Few pictures can seem nearer than real ones are to each
+        other: that is as near as it gets."""
+        latents = self._drawn(segment)
+        scores = self._scores(segment, latents)
         if self._base.distance <= 0:
-            return 1.0
-        return min(1.0, 1 - self._distance(segment, self._base.real) / self._base.distance)
+            return 1.0, scores
+        far = distance(self._seen(segment, latents), self._base.real)
+        return min(1.0, 1 - far / self._base.distance), scores
 
-    def _distance(self, segment: Segment, real: Tensor) -> float:
-        """How far the pictures that are drawn now are from the real ones."""
+    def _drawn(self, segment: Segment) -> Tensor:
+        """Latents of the pictures that are drawn now."""
         x = self._noise(segment, "fidelity", len(self._asked))
-        latents = drawn(segment.judge, x, self._told(segment, self._asked), STEPS).latents
-        return distance(self._seen(segment, latents), real)
+        return drawn(segment.judge, x, self._told(segment, self._asked), STEPS).latents
+
+    def _scores(self, segment: Segment, latents: Tensor) -> Scores | None:
+        if self._clip is None:
+            return None
+        device = segment.model.facts.device
+        if not self._clip.remembers:
+            self._clip.remember((load_image(sample.item.path) for sample in self._real), device)
+        # One after another, for the memory's sake.
+        pictures = [to_image(decode(segment.model.vae, one)[0]) for one in latents.split(1)]
+        return self._clip(pictures, self._asked, device)
 
     def _seen(self, segment: Segment, latents: Tensor) -> Tensor:
         """By the base, whatever has been learned."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lora_trainer.config import Config
 from lora_trainer.config.adapting_rules import SCHEDULE_FREE
+from lora_trainer.config.rules import ADAPTS
 from lora_trainer.errors import ConfigError, UserError
 from lora_trainer.training.average import Averaged
 from lora_trainer.training.norms import WithinNorm, products_of
@@ -31,13 +32,12 @@ VALUES = "values"
 @dataclass(frozen=True)
 class Entry:
     """`path`: module.Class of `package`. `flat`: it treats numbers one by one, so a group can be one tensor; others
-    need the matrices. `adapts`: it finds the learning rate, of which learning_rate is then a multiple."""
+    need the matrices."""
 
     package: str
     path: str
     flat: bool
     arguments: Mapping[str, object] = field(default_factory=dict)
-    adapts: bool = False
 
 
 # Papers: 8 bits arXiv:2110.02861, Lion 2302.06675, Adafactor 1804.04235, Prodigy 2306.06101, schedule-free 2405.15682,
@@ -51,10 +51,8 @@ REGISTRY = {
         False,
         {"scale_parameter": False, "relative_step": False, "warmup_init": False},
     ),
-    "prodigy": Entry("prodigyopt", "prodigyopt.Prodigy", True, adapts=True),
-    "prodigyplusschedulefree": Entry(
-        "prodigy-plus-schedule-free", "prodigyplus.ProdigyPlusScheduleFree", False, adapts=True
-    ),
+    "prodigy": Entry("prodigyopt", "prodigyopt.Prodigy", True),
+    "prodigyplusschedulefree": Entry("prodigy-plus-schedule-free", "prodigyplus.ProdigyPlusScheduleFree", False),
     "adamwschedulefree": Entry("schedulefree", "schedulefree.AdamWScheduleFree", True),
     "came": Entry("came-pytorch", "came_pytorch.CAME", False),
 }
@@ -109,12 +107,11 @@ def optimizer_notices(config: Config) -> Iterator[str]:
     """How the update runs, and which learning rate is meant."""
     if config.optimizer == "adamw":
         return
-    entry = REGISTRY.get(config.optimizer)
     yield (
         f"optimizer: {config.optimizer} updates the weights uncaptured, and waits for the device once a step to leave "
         "out one whose numbers are not finite"
     )
-    if entry and entry.adapts and config.learning_rate < 0.1:
+    if config.optimizer in ADAPTS and config.learning_rate < 0.1:
         yield (
             f"optimizer: {config.optimizer} finds the learning rate by itself and takes learning_rate as a factor: "
             f"1 is meant, found {config.learning_rate:g}"

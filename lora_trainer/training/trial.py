@@ -32,6 +32,7 @@ def shorten(config: Config, items: Items) -> tuple[Config, Items]:
         early_stopping_patience=0,
         measure_drift=False,
         drift_prompts=[],
+        clip_model_dir=None,
         sample_every=0,
         sample_prompts=config.sample_prompts[:1],
     )

@@ -67,6 +67,32 @@ def judged(held_out: Sequence[Point], train: Sequence[Point], mark: Point) -> st
     return f'<div class="lt-plot">{_svg(lines, words)}{dot}</div>{zero}{high}{low}'
 
 
+def swept(tried: Sequence[Point], mark: float | None = None) -> str:
+    """Losses over learning rates, by their logarithm, against the first one, the base model's, as a line; `mark` is a
+    rate that is pointed out. Empty under two points."""
+    # Where it blows up would else flatten all that matters.
+    points = [(math.log10(rate), min(loss, 1.1 * tried[0][1])) for rate, loss in finite(tried)]
+    if len(points) < 2:
+        return ""
+    losses = [loss for _, loss in points]
+    base, span = points[0][1], (points[0][0], points[-1][0], min(losses), max(losses))
+    lines = [_line([(span[0], base), (span[1], base)], span, "lt-zero"), _line(points, span, "lt-held-out")]
+    if mark is not None:
+        lines.append(_line([(math.log10(mark), span[2]), (math.log10(mark), span[3])], span, "lt-mark"))
+    words = f"Loss from {base:.4f} at the base to {span[2]:.4f} at the best learning rate"
+    powers = range(math.ceil(span[0] - 1e-9), math.floor(span[1] + 1e-9) + 1)
+    ticks = "".join(
+        f'<span style="left:{_place((power, base), span)[0] / WIDTH:.1%}">1e{power}</span>' for power in powers
+    )
+    top = _place((span[0], base), span)[1] / HEIGHT
+    high = f'<span class="lt-high">{span[3]:.3g}</span>' if top > 0.15 else ""
+    low = f'<span class="lt-low" style="top:{HEIGHT - 16}px;bottom:auto">{span[2]:.3g}</span>' if top < 0.85 else ""
+    return (
+        f'<div class="lt-plot">{_svg(lines, words)}</div><div class="lt-ticks">{ticks}</div>'
+        f'<span class="lt-zero" style="top:{top * HEIGHT:.0f}px">base</span>{high}{low}'
+    )
+
+
 def _svg(lines: Sequence[str], words: str) -> str:
     return (
         f'<svg class="lt-curve" viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none" role="img" '

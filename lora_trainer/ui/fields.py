@@ -106,6 +106,7 @@ _LABELS = {
     "early_stopping_patience": "Patience of early stopping",
     "measure_drift": "Compare with other prompts",
     "drift_prompts": "Other prompts",
+    "clip_model_dir": "Folder of a CLIP model",
     "sample_every": "Draw every so many steps",
     "sample_steps": "Denoising steps of a drawing",
     "sample_guidance": "Guidance of a drawing",

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
+from lora_trainer.config.options import options
 from lora_trainer.errors import UserError
 from lora_trainer.ui import doctor, fields, live
 from lora_trainer.ui.screen import Screen, look, shown_job
@@ -22,7 +23,7 @@ class Handlers:
     # The components that every event answers for, in this order.
     SCREEN = (
         *("checkpoint", "panel", "log", "jobs", "stop", "pause"),
-        *("result", "file", "prompt", "compare", "grid", "beat", "seen"),
+        *("result", "file", "prompt", "compare", "grid", "use_rate", "beat", "seen"),
     )
 
     def __init__(self, host: TabHost, update: Callable[..., Any]) -> None:
@@ -52,19 +53,28 @@ class Handlers:
             self.host.jobs.go_on(job.id)
         return self.look(picked, seen)
 
-    def submit(self, keys: Sequence[str], *, trial: bool) -> Callable[..., list[Any]]:
-        """The event of a button that trains with the values of the controls `keys`."""
+    def submit(self, keys: Sequence[str], *, trial: bool = False, find: bool = False) -> Callable[..., list[Any]]:
+        """The event of a button that trains with the values of the controls `keys`, or has a learning rate found."""
 
         def click(seen: str, picked: str, *values: object) -> list[Any]:
             settings = fields.settings(dict(zip(keys, values, strict=True)))
+            queue = self.host.find_rate if find else self.host.submit
             try:
                 # Without the button a preset decides.
-                self.host.submit({**settings, **({"trial": True} if trial else {})})
+                queue({**settings, **({"trial": True} if trial else {})})
             except UserError as error:
                 return [_answered(live.refusal(str(error))), self.update(), *self.look(picked, seen)]
             return [_answered(""), "", *self.look("", seen)]
 
         return click
+
+    def use_rate(self, picked: str) -> list[Any]:
+        """(what was done, the learning rate's control) with what the job on show suggests."""
+        job = shown_job(self.host, picked)
+        if job is None or job.suggested is None:
+            return [_answered(""), self.update()]
+        where = f"{fields.label('learning_rate')} is now {job.suggested:g}, under {options()['learning_rate'].group}."
+        return [_answered(live.note(where)), self.update(value=job.suggested)]
 
     def check(self, keys: Sequence[str]) -> Callable[..., str]:
         """The event of the button that looks at the pictures which the controls `keys` name."""
@@ -106,6 +116,7 @@ class Handlers:
             "pause": self.update(
                 value="Continue" if screen.resumable else "Pause", interactive=screen.resumable or screen.pausable
             ),
+            "use_rate": self.update(value=screen.offer or "Use it", visible=bool(screen.offer)),
             "beat": beat,
             "seen": key,
         }

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lora_trainer.curve import Point, best, warning
+from lora_trainer.curve import Comparison, Point, best, warning
 from lora_trainer.ui.chart import judged
 from lora_trainer.ui.words import safe
 
@@ -46,26 +46,40 @@ def judgement(curve: Sequence[Point]) -> str:
 
 def comparison(job: JobView) -> str:
     """A table of how near drawings are to the pictures, and how much other prompts have changed, the best step boldly;
-    empty until a step is measured."""
-    measured = [row for row in job.comparisons if row[0] > 0]
+    with a CLIP model also its scores, the base's for comparison. Empty until a step is measured."""
+    rows = [Comparison(*row) for row in job.comparisons]
+    measured = [row for row in rows if row.step > 0]
     if not measured:
         return ""
     every = -(-len(measured) // ROWS)
     least = best(job.validations)
-    near = None if least is None else min(measured, key=lambda row: abs(row[0] - least.step))[0]
-    shown = [row for at, row in enumerate(reversed(measured)) if at % every == 0 or row[0] == near][::-1]
-    rows = "".join(_row(*row, marked=row[0] == near) for row in shown)
+    near = None if least is None else min(measured, key=lambda row: abs(row.step - least.step)).step
+    shown = [row for at, row in enumerate(reversed(measured)) if at % every == 0 or row.step == near][::-1]
+    clip = any(row.clip_image is not None for row in rows)
+    heads = ["Step", "Like the training pictures", "Other prompts changed"]
+    note = "0 % is as without the LoRA. Good is much on the left and little on the right."
+    if clip:
+        heads += ["CLIP: like the pictures", "CLIP: like the prompts"]
+        note = "0 % is as without the LoRA. Good is much likeness and little change"
+        base = next((row for row in rows if row.step == 0), None)
+        note += f"; CLIP without the LoRA: {_score(base.clip_image)} and {_score(base.clip_text)}." if base else "."
+    head = "".join(f"<th>{name}</th>" for name in heads)
+    body = "".join(_row(row, marked=row.step == near, clip=clip) for row in shown)
     return (
-        '<table class="lt-compared"><thead><tr><th>Step</th><th>Like the training pictures</th>'
-        f"<th>Other prompts changed</th></tr></thead><tbody>{rows}</tbody></table>"
-        '<div class="lt-note">0 % is as without the LoRA. Good is much on the left and little on the right.</div>'
+        f'<table class="lt-compared"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+        f'<div class="lt-note">{note}</div>'
     )
 
 
-def _row(step: int, likeness: float, drift: float, *, marked: bool) -> str:
+def _row(row: Comparison, *, marked: bool, clip: bool) -> str:
     kind = ' class="lt-marked"' if marked else ""
-    bar = f'<span class="lt-likeness"><span style="width:{min(max(likeness, 0.0), 1.0):.0%}"></span></span>'
-    return f"<tr{kind}><td>{step:,}</td><td>{bar}{likeness:.0%}</td><td>{drift:.1%}</td></tr>"
+    bar = f'<span class="lt-likeness"><span style="width:{min(max(row.likeness, 0.0), 1.0):.0%}"></span></span>'
+    scores = f"<td>{_score(row.clip_image)}</td><td>{_score(row.clip_text)}</td>" if clip else ""
+    return f"<tr{kind}><td>{row.step:,}</td><td>{bar}{row.likeness:.0%}</td><td>{row.drift:.1%}</td>{scores}</tr>"
+
+
+def _score(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
 
 
 def share(loss: float, base: float) -> float:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from lora_trainer.ui.chart import curve, finite, smooth
 from lora_trainer.ui.judgement import comparison, judgement
+from lora_trainer.ui.sweep import sweep
 from lora_trainer.ui.words import advice, duration, lines, memory, problem, safe, step_time
 
 if TYPE_CHECKING:
@@ -41,6 +42,10 @@ def can_go_on(job: JobView) -> bool:
     return job.state in ("paused", "stopped", "failed")
 
 
+def title(job: JobView) -> str:
+    return f"learning rate for {job.name}" if job.kind == "find-lr" else job.name
+
+
 def checkpoint(found: Checkpoint | None) -> str:
     """The line that names what will be trained on."""
     if found is None:
@@ -61,6 +66,7 @@ def panel(job: JobView | None, *, stopping: Collection[str] = ()) -> str:
         _bar(job, stopping),
         _error(job),
         _curve(job),
+        sweep(job),
         judgement(job.validations),
         comparison(job),
         _numbers(job),
@@ -99,7 +105,7 @@ def job_list(jobs: Iterable[JobView], shown: JobView | None, *, stopping: Collec
 
 
 def _row(job: JobView, current: bool, stopping: Collection[str]) -> str:
-    name, id = safe(job.name), safe(job.id)
+    name, id = safe(title(job)), safe(job.id)
     progress = f"{round(100 * _share(job))} %" if job.state in RUNNING and job.step else ""
     cross = (
         f'<button type="button" class="lt-cross" data-lora-trainer-stop="{id}" title="Stop {name}" '
@@ -117,7 +123,8 @@ def _row(job: JobView, current: bool, stopping: Collection[str]) -> str:
 def _chip(job: JobView, stopping: Collection[str]) -> str:
     if is_active(job) and job.id in stopping:
         return '<span class="lt-chip lt-stopping">Stopping</span>'
-    return f'<span class="lt-chip lt-{safe(job.state)}">{STATES.get(job.state, safe(job.state))}</span>'
+    word = "Searching" if job.kind == "find-lr" and job.state == "training" else STATES.get(job.state, job.state)
+    return f'<span class="lt-chip lt-{safe(job.state)}">{safe(word)}</span>'
 
 
 def _share(job: JobView) -> float:
@@ -129,9 +136,10 @@ def _share(job: JobView) -> float:
 def _head(job: JobView, stopping: Collection[str]) -> str:
     stage = job.stage if is_active(job) and job.stage.lower() != STATES.get(job.state, "").lower() else ""
     if is_active(job) and job.id in stopping:
-        stage = "ends after this step and saves what it has learned" if job.step else "ends before the first step"
+        end = "judges what it has seen" if job.kind == "find-lr" else "saves what it has learned"
+        stage = f"ends after this step and {end}" if job.step else "ends before the first step"
     return (
-        f'<div class="lt-head" aria-live="polite">{_chip(job, stopping)}<span class="lt-name">{safe(job.name)}</span>'
+        f'<div class="lt-head" aria-live="polite">{_chip(job, stopping)}<span class="lt-name">{safe(title(job))}</span>'
         f'<span class="lt-stage">{safe(stage)}</span></div>'
     )
 

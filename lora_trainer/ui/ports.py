@@ -65,6 +65,10 @@ class TabHost(Protocol):
         """Fills base_model and output_dir, builds the config and queues a job. Raises UserError."""
         ...
 
+    def find_rate(self, settings: Mapping[str, object]) -> JobView:
+        """As `submit`, with a search for a learning rate. Raises UserError."""
+        ...
+
     def check(self, settings: Mapping[str, object]) -> Report:
         """What is wrong with the pictures and captions that `settings` name, found in seconds. Raises UserError."""
         ...

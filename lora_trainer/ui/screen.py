@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from lora_trainer.errors import DataError
 from lora_trainer.ui import live
+from lora_trainer.ui.sweep import offer
 from lora_trainer.ui.words import safe
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Screen:
-    """The changing parts of the tab. `active` asks the page to look again soon."""
+    """The changing parts of the tab. `offer`: the words of a button; `active` asks the page to look again soon."""
 
     checkpoint: str
     panel: str
@@ -38,6 +39,7 @@ class Screen:
     stoppable: bool
     pausable: bool
     resumable: bool
+    offer: str
     active: bool
 
 
@@ -55,6 +57,7 @@ def look(host: TabHost, picked: str = "", stopping: Collection[str] = ()) -> Scr
         stoppable=job is not None and live.is_active(job) and job.id not in stopping,
         pausable=job is not None and live.can_pause(job) and job.id not in stopping,
         resumable=job is not None and live.can_go_on(job),
+        offer=offer(job),
         active=any(live.is_active(one) for one in jobs),
     )
 

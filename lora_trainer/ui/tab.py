@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lora_trainer.config.options import options
+from lora_trainer.config.options import Option, options
 from lora_trainer.ui import captioning, controls, doctor, fields, live, presets
 from lora_trainer.ui.handlers import Handlers
 from lora_trainer.ui.words import safe
@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 _SHORT: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_name": False}
 
 # The settings that say how pictures and captions are read.
-_CHECKED = ("train_data_dir", "concepts", "metadata_path", "trigger_words", "resolution", "allow_upscaling")
+_CHECKED = (
+    *("train_data_dir", "concepts", "metadata_path", "trigger_words", "resolution", "allow_upscaling"),
+    "masked_loss",
+)
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class _Actions:
 
     train: gr.Button
     trial: gr.Button
+    find: gr.Button
     pause: gr.Button
     stop: gr.Button
     tick: gr.Button
@@ -50,9 +54,11 @@ def build(host: TabHost) -> gr.Blocks:
             preset = presets.build()
             pictures, look, findings = _pictures(handlers)
             captions = captioning.build()
-            inputs = {"preset": preset.preset} | pictures | _main() | _groups()
+            inputs = {"preset": preset.preset} | pictures | _main()
+            find, others = _groups()
+            inputs |= others
         with gr.Column(scale=5, min_width=320, elem_classes=["lt-right"]):
-            actions = _actions()
+            actions = _actions(find)
             message = gr.HTML("", elem_id="lora_trainer_message")
             screen |= _live(host) | {"stop": actions.stop, "pause": actions.pause}
         screen |= {"beat": gr.HTML("", elem_id="lora_trainer_beat", elem_classes=["lt-hidden"]), "seen": gr.State("")}
@@ -100,18 +106,40 @@ def _main() -> dict[str, Component]:
         return {key: controls.make(options()[key], min_width=120) for key in fields.MAIN}
 
 
-def _groups() -> dict[str, Component]:
-    """Everything else, folded away."""
+def _groups() -> tuple[gr.Button, dict[str, Component]]:
+    """Everything else, folded away; under the learning rate a button that has one found."""
     import gradio as gr
 
-    made = {}
+    made: dict[str, Component] = {}
     for group, members in fields.groups().items():
-        with gr.Accordion(group, open=False, elem_classes=["lt-group"]), gr.Row(elem_classes=["lt-main"]):
-            made |= {option.key: controls.make(option, min_width=240) for option in members}
-    return made
+        with gr.Accordion(group, open=False, elem_classes=["lt-group"]):
+            keys = [option.key for option in members]
+            cut = keys.index("learning_rate") + 1 if "learning_rate" in keys else 0
+            if cut:
+                made |= _row(members[:cut])
+                find = _finder()
+            made |= _row(members[cut:])
+    return find, made
 
 
-def _actions() -> _Actions:
+def _row(members: Sequence[Option]) -> dict[str, Component]:
+    import gradio as gr
+
+    with gr.Row(elem_classes=["lt-main"]):
+        return {option.key: controls.make(option, min_width=240) for option in members}
+
+
+def _finder() -> gr.Button:
+    import gradio as gr
+
+    with gr.Row(elem_classes=["lt-buttons"]):
+        find = gr.Button("Find a learning rate", elem_id="lora_trainer_find_rate", min_width=160)
+    about = "A short run with these settings in which it rises, then a curve and a suggestion; nothing else is kept."
+    gr.HTML(live.note(about), elem_id="lora_trainer_find_rate_help")
+    return find
+
+
+def _actions(find: gr.Button) -> _Actions:
     import gradio as gr
 
     with gr.Row(elem_classes=["lt-buttons"]):
@@ -125,14 +153,15 @@ def _actions() -> _Actions:
         picked = gr.Textbox("", label="Job", elem_id="lora_trainer_picked")
     trial_run = "Trial run: a few steps on a few pictures, then how long the full run will take."
     gr.HTML(live.note(trial_run), elem_id="lora_trainer_trial_help")
-    return _Actions(train, trial, pause, stop, tick, stop_picked, picked)
+    return _Actions(train, trial, find, pause, stop, tick, stop_picked, picked)
 
 
 def _live(host: TabHost) -> dict[str, Any]:
-    """The job, its result, the other jobs and the log."""
+    """The job, the button that takes the learning rate it found, its result, the other jobs and the log."""
     import gradio as gr
 
     panel = gr.HTML("", elem_id="lora_trainer_panel")
+    use_rate = gr.Button("Use it", variant="primary", elem_id="lora_trainer_use_rate", visible=False)
     with gr.Column(visible=False, elem_classes=["lt-result"]) as result:
         file = gr.HTML("")
         prompt = gr.Textbox(label="Prompt", elem_id="lora_trainer_prompt", interactive=True, lines=1)
@@ -146,7 +175,7 @@ def _live(host: TabHost) -> dict[str, Any]:
     jobs = gr.HTML("", elem_id="lora_trainer_jobs")
     log = gr.HTML("", elem_id="lora_trainer_log")
     shown = {"panel": panel, "result": result, "file": file, "prompt": prompt, "compare": compare, "grid": grid}
-    return shown | {"jobs": jobs, "log": log}
+    return shown | {"use_rate": use_rate, "jobs": jobs, "log": log}
 
 
 def _connect(handlers: Handlers, actions: _Actions, screen: Mapping[str, Any], inputs: Mapping[str, Component]) -> None:
@@ -157,10 +186,12 @@ def _connect(handlers: Handlers, actions: _Actions, screen: Mapping[str, Any], i
     actions.pause.click(handlers.pause, inputs=[picked, seen], outputs=outputs, **_SHORT)
     for button in (actions.stop, actions.stop_picked):
         button.click(handlers.stop, inputs=[picked, seen], outputs=[picked, *outputs], **_SHORT)
-    for button, trial in ((actions.train, False), (actions.trial, True)):
+    for button, how in ((actions.train, {}), (actions.trial, {"trial": True}), (actions.find, {"find": True})):
         button.click(
-            handlers.submit(tuple(inputs), trial=trial),
+            handlers.submit(tuple(inputs), **how),
             inputs=[seen, picked, *inputs.values()],
             outputs=[screen["message"], picked, *outputs],
             **_SHORT,
         )
+    taken = [screen["message"], inputs["learning_rate"]]
+    screen["use_rate"].click(handlers.use_rate, inputs=[picked], outputs=taken, **_SHORT)

@@ -46,7 +46,7 @@ def test_there_are_commands_and_files():
 
 
 def test_the_api_is_described_as_it_is():
-    described = set(re.findall(rf"^\| `(GET|POST) {PREFIX}([\w/{{}}]+)` \|", README, re.MULTILINE))
+    described = set(re.findall(rf"^\| `(GET|POST) {PREFIX}([\w/{{}}-]+)` \|", README, re.MULTILINE))
     assert described == {(method, path) for method, path, _ in ROUTES}
     (body,) = re.findall(r"^ +-d '(.+)'$", README, re.MULTILINE)
     build({"base_model": "the loaded one", "output_dir": "runs"}, json.loads(body))

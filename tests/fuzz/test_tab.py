@@ -127,6 +127,8 @@ def test_any_upload(sent):
 NUMBER = st.none() | st.integers(0, 10**6) | st.floats(0, 1e9)
 STATE = st.sampled_from([*live.STATES])
 LOSSES = st.lists(st.tuples(st.integers(0, 10**6), st.floats()), max_size=30).map(tuple)
+SCORE = st.none() | st.floats(-1, 1)
+RATE = st.floats(1e-6, 1)
 JOBS = st.builds(
     JobView,
     id=WORDS,
@@ -139,8 +141,14 @@ JOBS = st.builds(
     steps=st.none() | st.integers(0, 10**6),
     losses=LOSSES,
     validations=st.lists(st.builds(Point, st.integers(0, 9), *[st.floats(0, 2)] * 4), max_size=4).map(tuple),
-    comparisons=st.lists(st.tuples(st.integers(0, 9), st.floats(-9, 2), st.floats(0, 2)), max_size=9).map(tuple),
+    comparisons=st.lists(st.tuples(st.integers(0, 9), st.floats(-9, 2), st.floats(0, 2), *[SCORE] * 2), max_size=9).map(
+        tuple
+    ),
     learning_rate=st.none() | st.floats(0, 1),
+    kind=st.sampled_from(["train", "find-lr"]),
+    sweep=st.lists(st.tuples(RATE, st.floats(0, 1e9) | st.just(float("nan"))), max_size=9).map(tuple),
+    suggested=st.none() | RATE,
+    why=st.none() | WORDS,
     log=st.lists(WORDS, max_size=5).map(tuple),
     output=st.lists(WORDS.map("{}.safetensors".format) | WORDS, max_size=3).map(tuple),
     error=st.none() | WORDS,

@@ -78,6 +78,7 @@ class FakeHost:
         self.credentials = credentials
         self.non_local = non_local
         self.submitted: list[object] = []
+        self.searched: list[FakeJob] = []
         self._roots = roots
 
     def submit(self, settings: Mapping[str, object]) -> FakeJob:
@@ -85,6 +86,10 @@ class FakeHost:
         self.submitted.append(config)
         self.jobs.known["j2"] = FakeJob("j2")
         return self.jobs.known["j2"]
+
+    def find_rate(self, settings: Mapping[str, object]) -> FakeJob:
+        self.searched.append(self.submit(settings))
+        return self.searched[-1]
 
 
 @pytest.fixture
@@ -251,6 +256,16 @@ def test_another_error_of_the_user_is_one_line(client, host: FakeHost, monkeypat
     monkeypatch.setattr(host, "submit", submit)
     response = client.post(f"{PREFIX}/jobs", json={})
     assert (response.status_code, response.json()) == (400, {"errors": ["no checkpoint is loaded"]})
+
+
+def test_a_learning_rate_is_looked_for(client, host: FakeHost, tmp_path: Path) -> None:
+    response = client.post(f"{PREFIX}/find-lr", json={"train_data_dir": str(tmp_path), "lora_rank": 4})
+    assert (response.status_code, response.json()["id"]) == (200, "j2")
+    assert (len(host.searched), host.submitted[0].lora_rank) == (1, 4)
+    for body in ({"lora_rank": 0}, [1], {"train_data_dir": "/etc"}):
+        refused = client.post(f"{PREFIX}/find-lr", json=body)
+        assert (refused.status_code, bool(errors(refused))) == (400, True)
+    assert len(host.searched) == 1
 
 
 BAD_BODIES = {

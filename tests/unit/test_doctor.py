@@ -6,6 +6,7 @@ import json
 from collections import defaultdict
 from functools import cache
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -427,3 +428,16 @@ def test_the_sheet(tmp_path, capsys, name):
 def test_every_kind_has_a_heading():
     source = "".join(path.read_text(encoding="utf-8") for path in Path(pictures.__file__).parent.glob("check_*.py"))
     assert [kind for kind in KINDS if f'Finding("{kind}"' not in source] == []
+
+
+def test_what_is_transparent_is_the_mask_where_masks_count(tmp_path):
+    path = sorted(album(tmp_path, 12).glob("*.png"))[0]
+    glass = Image.open(path).convert("RGBA")
+    glass.putalpha(Image.linear_gradient("L").resize(glass.size))
+    glass.save(path)
+    assert [finding.files for finding in found(tmp_path)["transparent"]] == [(path,)]
+    assert "transparent" not in found(tmp_path, masked=True)
+    told = ["check", str(tmp_path), "--resolution", "128", "--masked-loss"]
+    with patch("lora_trainer.doctor.command.examine", wraps=examine) as asked:
+        main(told)
+    assert asked.call_args.kwargs["wanted"].masked

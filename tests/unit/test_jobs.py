@@ -10,7 +10,7 @@ import pytest
 from lora_trainer.config import Config
 from lora_trainer.curve import Point
 from lora_trainer.errors import DataError, OutputError
-from lora_trainer.events import Finished, Notice, Progress, Saved, StepDone, Validated
+from lora_trainer.events import Finished, Notice, Progress, RateFound, RateTried, Saved, StepDone, Validated
 from lora_trainer.jobs.fold import MOST_LOSSES, Changed, Told, fold
 from lora_trainer.jobs.service import JobService
 from lora_trainer.jobs.states import ENDED, FOLLOWS, STATES
@@ -18,6 +18,7 @@ from lora_trainer.jobs.store import EVENTS, Head, JobFolder, first_view, read_jo
 from lora_trainer.jobs.view import JobView
 
 CONFIG = Config(base_model="model.safetensors", train_data_dir="pictures", output_dir="out", output_name="style")
+SWEEP = ((1e-5, 0.5), (1e-4, 0.4), (1e-3, 0.45))
 
 
 def step(number: int, steps: int = 10, loss: float = 0.5) -> StepDone:
@@ -273,6 +274,50 @@ def test_what_cannot_be_written_is_not_queued(tmp_path, work):
         with pytest.raises(OutputError, match="jobs"):
             service.submit(CONFIG)
         assert service.jobs() == []
+    finally:
+        service.close()
+
+
+def test_a_search_for_a_learning_rate_is_a_job_of_another_kind(tmp_path, work):
+    def find(id, config, sink, control):
+        for step, (rate, loss) in enumerate(SWEEP):
+            sink(RateTried(step=4 * step, steps=8, learning_rate=rate, loss=loss, eta=5.0))
+        sink(RateFound(learning_rate=1e-4, why="it fell"))
+        return Finished(state="done", output=[], steps=8, loss=None, seconds=1.0)
+
+    service = JobService(tmp_path, work, find=find)
+    try:
+        work.go.set()
+        searched, trained = service.submit(CONFIG, "find-lr"), service.submit(CONFIG)
+        seen = ended(service, searched)
+        assert (seen.kind, seen.sweep, seen.suggested, seen.why) == ("find-lr", SWEEP, 1e-4, "it fell")
+        assert (seen.step, seen.steps, seen.losses, seen.output) == (8, 8, (), ())
+        assert "learning_rate=0.0001: it fell" in seen.log
+        other = ended(service, trained)
+        assert (other.kind, other.sweep, other.step) == ("train", (), 2)
+    finally:
+        service.close()
+    assert next(iter(read_jobs(tmp_path))) == seen
+
+
+def test_a_sweep_that_begins_again_takes_the_place_of_the_one_before():
+    view = first_view(Head("a", "style", 1.0, {}, "find-lr"))
+    for number, (rate, loss) in enumerate(SWEEP):
+        view = fold(view, Told(1.0, RateTried(step=number, steps=2, learning_rate=rate, loss=loss)))
+    view = fold(view, Told(1.0, RateFound(learning_rate=1e-4, why="it fell")))
+    view = fold(view, Told(1.0, RateTried(step=0, steps=2, learning_rate=1e-5, loss=0.6)))
+    assert (view.sweep, view.suggested, view.why, view.step) == (((1e-5, 0.6),), None, None, 0)
+
+
+def test_an_interrupted_search_says_that_it_begins_again(tmp_path, work):
+    JobFolder.create(tmp_path, Head("a", "style", 1.0, {"base_model": "m", "train_data_dir": "p"}, "find-lr"))
+    job = JobFolder(tmp_path / "a")
+    for state in ("preparing", "training"):
+        job.append(Changed(2.0, state), durable=True)
+    job.close()
+    service = JobService(tmp_path, work, find=work)
+    try:
+        assert (service.job("a").state, "begins again" in service.job("a").stage) == ("paused", True)
     finally:
         service.close()
 

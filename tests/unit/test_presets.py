@@ -12,7 +12,7 @@ from lora_trainer.api.schema import settings_schema
 from lora_trainer.cli import config_of, main
 from lora_trainer.config import build, replace
 from lora_trainer.config import presets as declared
-from lora_trainer.config.export import template, to_header, to_yaml
+from lora_trainer.config.export import preset_table, template, to_header, to_yaml
 from lora_trainer.config.options import options
 from lora_trainer.config.presets import FAMILIES, NONE, PRESETS, Preset
 from lora_trainer.config.sources import HEADER_KEY, family_of, read_file
@@ -27,6 +27,7 @@ from tests.unit.test_run import of, train
 from tests.unit.test_ui import FakeHost, changes, defaults
 
 NEEDED = {"base_model": "m", "train_data_dir": "d"}
+SD2_KEY = "cond_stage_model.model.token_embedding.weight"
 SDXL_KEY = "conditioner.embedders.0.transformer.text_model.embeddings.position_embedding.weight"
 
 
@@ -62,15 +63,17 @@ def test_any_setting_beside_it_wins_wherever_it_stands(tmp_path):
         assert (found.preset, found.epochs, found.min_snr_gamma) == ("character", 3, 5)
 
 
-def test_sdxl_has_values_of_its_own(tmp_path):
-    names = {"xl": SDXL_KEY, "sd": "cond_stage_model.transformer.text_model.final_layer_norm.weight"}
+def test_sdxl_has_values_of_its_own_and_sd2_those_of_sd15(tmp_path):
+    names = {"xl": SDXL_KEY, "sd": "cond_stage_model.transformer.text_model.final_layer_norm.weight", "sd2": SD2_KEY}
     found = {}
     for name, key in names.items():
         header = json.dumps({key: {"dtype": "F16", "shape": [0], "data_offsets": [0, 0]}}).encode()
         path = tmp_path / f"{name}.SafeTensors"
         path.write_bytes(struct.pack("<Q", len(header)) + header)
         found[name] = config_of(None, ["preset=character", "train_data_dir=d", f"base_model={path}"])
-    assert (found["sd"].train_text_encoder, found["sd"].batch_size) == (True, 4)
+    for family in ("sd", "sd2"):
+        assert (found[family].train_text_encoder, found[family].batch_size) == (True, 4)
+    assert "SD1.5 and SD2: `train_text_encoder=true`" in preset_table()
     assert (found["xl"].train_text_encoder, found["xl"].batch_size) == (False, 2)
     (tmp_path / "torn.safetensors").write_bytes(b"torn")
     for unread in ("torn.safetensors", "missing.safetensors", "a.ckpt"):

@@ -43,6 +43,10 @@ IDLE = {
     "losses": (),
     "validations": (),
     "comparisons": (),
+    "kind": "train",
+    "sweep": (),
+    "suggested": None,
+    "why": None,
     "eta": None,
     "memory": None,
     "available": None,
@@ -124,6 +128,11 @@ class FakeHost:
         build_config({**settings, "base_model": "base", "output_dir": "out"})
         self.submitted.append(settings)
         self.jobs.list.insert(0, job(id=f"j{len(self.jobs.list) + 1}"))
+        return self.jobs.list[0]
+
+    def find_rate(self, settings: dict[str, object]) -> SimpleNamespace:
+        self.submit(settings)
+        self.jobs.list[0].kind = "find-lr"
         return self.jobs.list[0]
 
     def check(self, settings: dict[str, object]) -> Report:
@@ -635,7 +644,7 @@ def test_the_page_and_its_script_agree_on_ids():
     tab = (root / "lora_trainer" / "ui" / "tab.py").read_text(encoding="utf-8")
     wanted = set(re.findall(r"lora_trainer_\w+", script))
     hidden = {"tick", "beat", "picked", "stop_picked"}
-    clicked = {"train", "try_out", "message", "drop", "upload", "received"}
+    clicked = {"train", "try_out", "find_rate", "message", "drop", "upload", "received"}
     assert wanted == {f"lora_trainer_{name}" for name in hidden | clicked}
     assert all(f'"{id}"' in tab for id in wanted)
     made = live.job_list([job(state="training")], None)

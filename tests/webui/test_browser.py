@@ -198,3 +198,30 @@ def test_what_another_program_writes_is_shown_and_kept(page: Page, webui, tmp_pa
     assert page.one(f"{EDITOR} textarea").get_attribute("value") == "before, mine"
     page.press(page.keys.ENTER, control=True)
     page.until(lambda: (tmp_path / "001-ticket.txt").read_text() == "before, mine", "saved")
+
+
+def test_a_learning_rate_is_found_drawn_and_taken(page: Page, webui, tmp_path: Path) -> None:
+    for path in sorted((DEMO / "twemoji").glob("00[1-4]*.png")):
+        shutil.copy(path, tmp_path)
+        (tmp_path / path.with_suffix(".txt").name).write_text(f"twemoji emoji of {path.stem[4:].replace('-', ' ')}")
+    page.fill("lora_trainer_train_data_dir", str(tmp_path))
+    page.fill("lora_trainer_resolution", "128")
+    page.fill("lora_trainer_batch_size", "1")
+    page.click("#lora_trainer .lt-group .label-wrap", "Training")
+    page.until(lambda: page.one("#lora_trainer_find_rate").is_displayed(), "the button")
+    page.click("#lora_trainer_find_rate")
+    page.until(lambda: page.all("#lora_trainer_panel .lt-ticks"), "a curve", timeout=180)
+    (job,) = (job for job in webui.get("/lora-trainer/v1/jobs")["jobs"] if job["kind"] == "find-lr")
+
+    # A new page finds it where it was.
+    page.browser.refresh()
+    page.click("#tabs > .tab-nav button", "Train LoRA")
+    page.until(lambda: page.one("#lora_trainer_use_rate").is_displayed(), "a suggestion", timeout=600)
+    found = webui.job(job["id"])
+    assert found["state"] == "done"
+    assert f"Learning rate {found['suggested']:g}: {found['why']}" in page.text("#lora_trainer_panel")
+    assert page.all("#lora_trainer_panel polyline.lt-mark")
+    assert page.value("lora_trainer_learning_rate") != f"{found['suggested']:g}"
+    page.click("#lora_trainer_use_rate")
+    page.until(lambda: float(page.value("lora_trainer_learning_rate")) == found["suggested"], "the rate in its field")
+    assert "is now" in page.text("#lora_trainer_message")

@@ -17,11 +17,12 @@ from lora_trainer.api import mount, mount_editor
 from lora_trainer.config import Config, build, output_name_of, words_of
 from lora_trainer.config.options import options
 from lora_trainer.config.presets import preset_keys
+from lora_trainer.config.rules import unsearchable
 from lora_trainer.doctor import Report, examine
 from lora_trainer.doctor.subject import Wanted
 from lora_trainer.editing.editor import Editor
 from lora_trainer.editing.thumbnails import Thumbnails
-from lora_trainer.errors import DataError, ModelError
+from lora_trainer.errors import ConfigError, DataError, ModelError
 from lora_trainer.events import EventSink, Finished
 from lora_trainer.hosts.ports import Control
 from lora_trainer.hosts.roots import Roots
@@ -44,7 +45,7 @@ class Extension:
 
     def __init__(self) -> None:
         self.home = Path(paths_internal.data_path) / "lora_trainer"
-        self.jobs = JobService(self.home / "jobs", work)
+        self.jobs = JobService(self.home / "jobs", work, find=find)
         self.captioning = Captioning(self._roots)
         self.editor, self.thumbnails = Editor(), Thumbnails(self.home / "thumbnails")
         self.editor_pass = secrets.token_urlsafe(32)
@@ -71,6 +72,17 @@ class Extension:
 
     def submit(self, settings: Mapping[str, object]) -> JobView:
         """Raises UserError."""
+        return self.jobs.submit(self._config(settings))
+
+    def find_rate(self, settings: Mapping[str, object]) -> JobView:
+        """Raises UserError."""
+        config = self._config(settings)
+        if problems := list(unsearchable(config)):
+            raise ConfigError(problems)
+        return self.jobs.submit(config, "find-lr")
+
+    def _config(self, settings: Mapping[str, object]) -> Config:
+        """Raises UserError."""
         given = self._roots().settings(_given(settings))
         checkpoint = self.checkpoint()
         if checkpoint is None and "base_model" not in given:
@@ -83,7 +95,7 @@ class Extension:
             "output_dir": str(run),
             "cache_dir": str(self.home / "cache"),
         }
-        return self.jobs.submit(build(known, given, family=checkpoint.family if checkpoint else "sd15"))
+        return build(known, given, family=checkpoint.family if checkpoint else "sd15")
 
     def _refused(self, sd_model: Any) -> str | None:
         """Looked at once a checkpoint, since the tab asks all the time."""
@@ -96,7 +108,8 @@ class Extension:
         """Raises UserError."""
         given = self._roots().settings(_given(settings))
         config = build({"base_model": "the loaded one", "output_dir": str(self.home)}, given)
-        wanted = Wanted(config.resolution or Wanted.resolution, config.allow_upscaling, config.trigger_words)
+        resolution = config.resolution or Wanted.resolution
+        wanted = Wanted(resolution, config.allow_upscaling, config.trigger_words, config.masked_loss)
         # Clicks of many visitors would take all processor cores.
         if not self._checking.acquire(blocking=False):
             raise DataError("the doctor is looking at other pictures just now; try again in half a minute")
@@ -158,6 +171,12 @@ def work(_: str, config: Config, sink: EventSink, control: Control) -> Finished:
     from lora_trainer.hosts.webui.train import train
 
     return train(config, sink, control)
+
+
+def find(_: str, config: Config, sink: EventSink, control: Control) -> Finished:
+    from lora_trainer.hosts.webui.train import find as find_here
+
+    return find_here(config, sink, control)
 
 
 @cache

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import gc
+import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from modules import devices, shared
 from modules.call_queue import queue_lock
 
 from lora_trainer.config import Config
-from lora_trainer.events import AnyEvent, EventSink, Finished, Progress, StepDone
+from lora_trainer.events import AnyEvent, EventSink, Finished, Progress, RateFound, StepDone
 from lora_trainer.hosts.ports import Control, Host
 from lora_trainer.hosts.webui.card import write_card
 from lora_trainer.hosts.webui.interrupt import interrupted
@@ -22,6 +23,7 @@ from lora_trainer.hosts.webui.loaded import LoadedModel
 from lora_trainer.hosts.webui.painter import Txt2Img
 from lora_trainer.hosts.webui.store import LoraFolder, lora_dir
 from lora_trainer.logs import CsvLog, TensorBoardLog, fan_out
+from lora_trainer.training.finder import EVERY, NothingMeasured, find_rate
 from lora_trainer.training.run import run
 from lora_trainer.training.states import FOLDER as STATES
 
@@ -58,6 +60,25 @@ def train(config: Config, sink: EventSink, control: Control) -> Finished:
         for lora in map(Path, finished.output):
             if lora.is_relative_to(lora_dir()):
                 write_card(lora, config, folder)
+        return finished
+
+
+def find(config: Config, sink: EventSink, control: Control) -> Finished:
+    """Search a learning rate on the loaded checkpoint, and put its curve into the run's folder. The WebUI's Interrupt,
+    while the search has the GPU, ends it: what was measured is judged. Raises UserError."""
+    began, folder = time.perf_counter(), Path(config.output_dir)
+    with fan_out(sink, mirror) as events:
+        models = LoadedModel(config, events)
+        lease = QueueLease(models.still_ours, models.give_back)
+        host = Host(models, lease, LoraFolder(folder, config.overwrite, events))
+        steps, stopped = 0, True
+        with freed_after_errors(), suppress(NothingMeasured):
+            finding = find_rate(config, host, events, Interruptible(control, lease))
+            steps, stopped = EVERY * (len(finding.points) - 1), finding.stopped
+            events(RateFound(learning_rate=finding.rate, why=finding.why))
+            finding.put(folder, events)
+        state, seconds = "stopped" if stopped else "done", time.perf_counter() - began
+        events(finished := Finished(state=state, output=[], steps=steps, loss=None, seconds=seconds))
         return finished
 
 
