@@ -34,22 +34,23 @@ class Preset:
 PRESETS = {
     "style": Preset(
         "A style is in every picture and needs no word that the model does not know: a larger rank and more epochs "
-        "make it strong, and a learning rate that falls to 0 leaves clean lines.",
-        {"lora_rank": 16, "epochs": 15, "lr_scheduler": "cosine"},
+        "make it strong.",
+        {"lora_rank": 16, "epochs": 15},
         sdxl={"learning_rate": 1e-4, **_HALF_BATCHES},
     ),
     "character": Preset(
         "A face is small details under a new name, mostly from few pictures: half the learning rate over twice the "
         "epochs, min-SNR against learning their grain, and on SD1.5 and SD2 the text encoder learns the name.",
-        {"lora_rank": 16, "epochs": 20, "learning_rate": 1e-4, "lr_scheduler": "cosine", "min_snr_gamma": 5.0},
-        sd15={"train_text_encoder": True},
-        sdxl=_HALF_BATCHES,
+        {"lora_rank": 16, "epochs": 20, "min_snr_gamma": 5.0},
+        sd15={"learning_rate": 2.5e-4, "train_text_encoder": True},
+        sdxl={"learning_rate": 1e-4, **_HALF_BATCHES},
     ),
     "object": Preset(
         "A thing has one shape, which the default rank holds: half the learning rate over twice the epochs learns it "
         "rather than its surroundings, of which the crop keeps what is around the most detail.",
-        {"epochs": 20, "learning_rate": 1e-4, "lr_scheduler": "cosine", "crop": "focus"},
-        sdxl=_HALF_BATCHES,
+        {"epochs": 20, "crop": "focus"},
+        sd15={"learning_rate": 2.5e-4},
+        sdxl={"learning_rate": 1e-4, **_HALF_BATCHES},
     ),
     "trial": Preset(
         "A few steps on a few pictures show whether all works, and how long the whole run will take.",

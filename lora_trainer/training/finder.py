@@ -103,7 +103,6 @@ def find_rate(config: Config, host: Host, sink: EventSink, control: Control) -> 
     if problems := list(unsearchable(config)):
         raise ConfigError(problems)
     optimizer_class(config)
-    start = Start.of(config)
     found = data.find(config, sink)
     if not found.held_out:
         sink(Notice(text="no pictures are held out: the loss is measured on a few that are trained on"))
