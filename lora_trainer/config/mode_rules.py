@@ -34,7 +34,7 @@ def _slider(config: Config) -> Iterator[str]:
     if not config.slider_positive.strip():
         yield "slider_positive: expected the prompt to lead to beside mode slider, found none"
     elif config.slider_positive.strip() == config.slider_negative.strip():
-        yield f"slider_negative: expected another prompt than slider_positive, found {shown(config.slider_negative)}"
+        yield f"slider_negative: expected something else than slider_positive, found {shown(config.slider_negative)}"
     if any(concept.trigger_words or concept.regularization for concept in config.concepts):
         yield "concepts: trigger_words and regularization say nothing in mode slider, which reads no captions"
     if config.train_data_dir.strip():

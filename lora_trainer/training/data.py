@@ -20,7 +20,7 @@ from lora_trainer.dataset.masks import masks_in, told, with_masks
 from lora_trainer.dataset.pairs import flat, joined, with_originals
 from lora_trainer.dataset.prepare import NO_RULES, Encoded, Encoders, LatentNoise, prepare
 from lora_trainer.dataset.samples import Prepared
-from lora_trainer.errors import DataError
+from lora_trainer.errors import DataError, ModelError
 from lora_trainer.events import EventSink, Notice
 from lora_trainer.models.fingerprint import fingerprint
 from lora_trainer.models.inpainting import inpaints
@@ -125,7 +125,13 @@ def load(
     sink: EventSink,
     kept: tuple[Encoded, Encoded] | None = None,
 ) -> TrainingData:
-    """Encode everything; `kept` (training, held-out) as for `prepare`. Raises DataError."""
+    """Encode everything; `kept` (training, held-out) as for `prepare`. Raises DataError, and ModelError for a model that
+    cannot learn in the config's mode."""
+    if config.mode == "difference" and inpaints(model.unet):
+        raise ModelError(
+            f"base_model: {model.facts.name} is an inpainting checkpoint, which is shown parts of each picture; expected "
+            "another one in mode difference"
+        )
     kept = kept or (Encoded(), Encoded())
     encoders = _encoders(config, model)
     if any(map(sliders.is_drawn, items.train)):

@@ -201,7 +201,7 @@ def test_the_base_is_the_base_at_either_end(slider):
     ("changes", "problem"),
     [
         ({"slider_positive": " "}, "slider_positive: expected the prompt to lead to beside mode slider, found none"),
-        ({"slider_negative": "a very old cat"}, "slider_negative: expected another prompt than slider_positive"),
+        ({"slider_negative": "a very old cat"}, "slider_negative: expected something else than slider_positive"),
         ({"max_train_steps": None}, "max_train_steps: expected beside mode slider without train_data_dir, found none"),
         ({"trigger_words": "sks"}, "trigger_words: says nothing in mode slider"),
         ({"preservation_weight": 1, "preservation_prompt": "x"}, "preservation_weight: says nothing in mode slider"),
