@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from lora_trainer import sampling
 from lora_trainer.config import build
 from lora_trainer.dataset.holes import HOLES, holes
+from lora_trainer.errors import ModelError
 from lora_trainer.events import Notice, StepDone
 from lora_trainer.hosts.standalone import open_model
 from lora_trainer.models.inpainting import TOLD, blank
@@ -161,3 +162,9 @@ def test_a_run_teaches_and_its_lora_fits_the_model_it_was_made_from(inpainting, 
         plain = sampling.denoise(model, "a cat", recipe, precision)
         sampling.apply_lora(model, lora)
         assert not torch.allclose(plain, sampling.denoise(model, "a cat", recipe, precision), atol=1e-3)
+
+
+def test_pairs_are_refused_before_anything_is_encoded(inpainting, pictures):
+    pairs = {**inpainting, "mode": "difference", "original_data_dir": inpainting["train_data_dir"]}
+    with pytest.raises(ModelError, match=r"holes\.safetensors is an inpainting checkpoint.*mode difference"):
+        train(pairs)
