@@ -125,12 +125,12 @@ def load(
     sink: EventSink,
     kept: tuple[Encoded, Encoded] | None = None,
 ) -> TrainingData:
-    """Encode everything; `kept` (training, held-out) as for `prepare`. Raises DataError, and ModelError for a model that
-    cannot learn in the config's mode."""
+    """Encode everything; `kept` (training, held-out) as for `prepare`. Raises DataError, and ModelError for a model
+    that cannot learn in the config's mode."""
     if config.mode == "difference" and inpaints(model.unet):
         raise ModelError(
-            f"base_model: {model.facts.name} is an inpainting checkpoint, which is shown parts of each picture; expected "
-            "another one in mode difference"
+            f"base_model: {model.facts.name} is an inpainting checkpoint, which is shown parts of each picture; "
+            "expected another one in mode difference"
         )
     kept = kept or (Encoded(), Encoded())
     encoders = _encoders(config, model)
