@@ -80,9 +80,7 @@ class Decomposed:
         return layer.base_layer(through, *args, **kwargs) + layer.lora_B[ADAPTER](low) * layer.scaling[ADAPTER]
 
     def scaled(self, x: Tensor) -> Tensor:
-        """Rows or pixels x [M, in] with their channels scaled, for a LoRA at full strength."""
-        if strength(self.layer) != 1:
-            raise RuntimeError("a decomposed LoRA is fused at full strength only")
+        """Rows or pixels x [M, in] with their channels scaled."""
         return x * self.channels().view(-1).to(x.dtype)
 
     def channels(self) -> Tensor:

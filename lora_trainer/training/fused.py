@@ -20,7 +20,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_trainer.adapters.layers import Change, Decomposed
+from lora_trainer.adapters.layers import Change, Decomposed, strength
 from lora_trainer.kernels.plain import PlainOps, like
 from lora_trainer.kernels.site import Site
 from lora_trainer.training.patching import patch
@@ -45,7 +45,11 @@ class Fused:
         weight = like(base.weight, x).view(base.weight.shape[:2])
         bias = None if base.bias is None else like(base.bias, x)
         if isinstance(computed, Decomposed):
-            x = computed.scaled(x)
+            given, x = x, computed.scaled(x)
+            if (at := strength(layer)) != 1:
+                # W sees so much less of the scaled input, and of its own input what is left.
+                rest = F.linear((given - x) * (1 - at), weight)
+                residual = rest if residual is None else residual + rest
         if site is not None and not layer.disable_adapters:
             return self.ops.lora_linear(x, weight, bias, site, residual)
         y = F.linear(x, weight, bias)

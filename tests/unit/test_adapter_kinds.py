@@ -187,6 +187,21 @@ def test_nothing_in_the_step_waits_for_the_device(checkpoint, kind):
         segment.trainables.verify_views()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_segments_adapter_acts_in_proportion_to_its_strength(checkpoint, kind):
+    """As sliders want it, at -1 too, through the fused products and beside them."""
+    with opened(checkpoint, adapter=kind, target_modules=["default", "conv"]) as segment:
+        wake(segment)
+        (adapter,) = segment.adapters.values()
+        for name, layer in adapter.layers.items():
+            x = impulses(layer.get_base_layer().weight)
+            whole = response(layer, x)
+            assert whole.abs().max() > 1e-4, name
+            for strength in (-1.0, 0.5):
+                with adapter.weight(strength):
+                    assert (response(layer, x) - strength * whole).abs().max() < 1e-6, name
+
+
 def test_a_fresh_adapter_changes_nothing(checkpoint):
     for kind in KINDS:
         with opened(checkpoint, adapter=kind, **WIDE) as segment:

@@ -127,7 +127,8 @@ def opened(path: Path, **changes):
 
 
 def test_up_matrices_learn_faster(checkpoint):
-    with opened(checkpoint, loraplus_lr_ratio=16, train_text_encoder=True, block_lrs=["MID=0.5"]) as segment:
+    changes = {"train_text_encoder": True, "block_lrs": ["MID=0.5"], "learning_rate": 2e-4}
+    with opened(checkpoint, loraplus_lr_ratio=16, text_encoder_lr=1e-4, **changes) as segment:
         trainables = segment.trainables
         trainables.set_learning_rate(1e-3)
         for slot in trainables.slots:
@@ -181,7 +182,7 @@ def test_no_module_grows_beyond_the_norm(settings):
                 norms.append((alpha / len(down) * product).norm().item())
         longest[most] = max(norms)
     assert longest[0.0] > 1
-    assert longest[0.5] == pytest.approx(0.5, rel=1e-5)
+    assert 0.3 < longest[0.5] <= 0.5 * (1 + 1e-5)
 
 
 def grads(segment, given):
