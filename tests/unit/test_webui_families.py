@@ -104,9 +104,10 @@ def test_captions_encoded_in_the_step_mean_the_same(loaded, emphasis):
             told = {name: tensor[None] for name, tensor in model.text.tokens(caption).items()}
             found = segment.network.encode(told["ids"], told["emphasis"])
             expected, pooled = said(loaded, caption)
-            torch.testing.assert_close(found.context, expected, rtol=0, atol=1e-5)
+            # "Original" multiplies by a quotient of means, where rounding shows.
+            torch.testing.assert_close(found.context, expected, rtol=1e-4, atol=1e-5)
             if pooled is not None:
-                torch.testing.assert_close(found.pooled, pooled, rtol=0, atol=1e-5)
+                torch.testing.assert_close(found.pooled, pooled, rtol=1e-4, atol=1e-5)
 
 
 def test_the_first_encoder_is_heard_where_the_webui_hears_it(ui):
