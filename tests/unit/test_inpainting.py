@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -164,7 +165,8 @@ def test_a_run_teaches_and_its_lora_fits_the_model_it_was_made_from(inpainting, 
         assert not torch.allclose(plain, sampling.denoise(model, "a cat", recipe, precision), atol=1e-3)
 
 
-def test_pairs_are_refused_before_anything_is_encoded(inpainting, pictures):
-    pairs = {**inpainting, "mode": "difference", "original_data_dir": inpainting["train_data_dir"]}
+def test_pairs_are_refused_before_anything_is_encoded(inpainting, tmp_path):
+    originals = shutil.copytree(inpainting["train_data_dir"], tmp_path / "originals")
+    pairs = {**inpainting, "mode": "difference", "original_data_dir": str(originals)}
     with pytest.raises(ModelError, match=r"holes\.safetensors is an inpainting checkpoint.*mode difference"):
         train(pairs)
