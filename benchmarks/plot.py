@@ -35,7 +35,13 @@ def label(line: Line) -> str:
     parts += ["text encoder"] * bool(line.get("train_text_encoder")) + ["checkpointing"] * bool(line["checkpointing"])
     parts += ["plain torch"] * (line.get("kernels") == "plain") + ["as in a WebUI"] * bool(line.get("webui"))
     parts += ["deterministic"] * bool(line.get("deterministic"))
+    parts += [f"{parts_of(line)} parts a step"] * (parts_of(line) > 1)
     return ", ".join(parts if line["what"] == "ours" else [line["what"], *parts])
+
+
+def parts_of(line: Line) -> int:
+    """Batches of one step."""
+    return line.get("gradient_accumulation_steps", 1)
 
 
 def gib(line: Line) -> float | None:
@@ -48,7 +54,7 @@ def table(lines: Sequence[Line]) -> str:
     rows = ["| | ms a step | images/s | reserved, GiB |", "|---|---|---|---|"]
     for line in lines:
         ms, size = line["median_ms"], gib(line)
-        speed = line["batch"] / ms * 1e3
+        speed = line["batch"] * parts_of(line) / ms * 1e3
         rows.append(f"| {label(line)} | {ms:.1f} | {speed:.{0 if speed >= 20 else 1}f} | {size:.2f} |")
     return "\n".join(rows) + "\n"
 
