@@ -19,7 +19,7 @@ from lora_trainer.hosts.standalone import FileModels
 from lora_trainer.sampling import apply_lora
 from lora_trainer.training import data
 from lora_trainer.training.data import Items
-from lora_trainer.training.dropout import LoraDropout
+from lora_trainer.training.dropout import LoraDropout, Shares
 from lora_trainer.training.objectives import mse
 from lora_trainer.training.precision import Precision
 from lora_trainer.training.step import Network
@@ -50,7 +50,7 @@ def models() -> FileModels:
 
 def network_of(model) -> Network:
     cpu = Precision(torch.device("cpu"), torch.float32)
-    return Network(model.unet, model.noise, mse, cpu, LoraDropout({}, 0.0))
+    return Network(model.unet, model.noise, mse, cpu, LoraDropout({}, Shares()))
 
 
 def test_a_difference_leads_from_the_originals_to_the_pictures(models, tmp_path):
