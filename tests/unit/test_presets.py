@@ -55,9 +55,9 @@ def test_the_ones_that_people_ask_for_are_there():
 
 def test_any_setting_beside_it_wins_wherever_it_stands(tmp_path):
     path = tmp_path / "run.yaml"
-    path.write_text("preset: style\ntrain_data_dir: d\nbase_model: m\nepochs: 3\n", encoding="utf-8")
+    path.write_text("preset: object\ntrain_data_dir: d\nbase_model: m\nepochs: 3\n", encoding="utf-8")
     found = config_of(path, ["lora_rank=12"])
-    assert (found.preset, found.epochs, found.lora_rank, found.lr_scheduler) == ("style", 3, 12, "cosine")
+    assert (found.preset, found.epochs, found.lora_rank, found.crop) == ("object", 3, 12, "focus")
     for written in (["preset=character"], ["--preset", "Character"], ["--preset=character"]):
         found = config_of(path, written)
         assert (found.preset, found.epochs, found.min_snr_gamma) == ("character", 3, 5)
@@ -73,7 +73,7 @@ def test_sdxl_has_values_of_its_own_and_sd2_those_of_sd15(tmp_path):
         found[name] = config_of(None, ["preset=character", "train_data_dir=d", f"base_model={path}"])
     for family in ("sd", "sd2"):
         assert (found[family].train_text_encoder, found[family].batch_size) == (True, 4)
-    assert "SD1.5 and SD2: `train_text_encoder=true`" in preset_table()
+    assert "SD1.5 and SD2: `learning_rate=0.00025` `train_text_encoder=true`" in preset_table()
     assert (found["xl"].train_text_encoder, found["xl"].batch_size) == (False, 2)
     (tmp_path / "torn.safetensors").write_bytes(b"torn")
     for unread in ("torn.safetensors", "missing.safetensors", "a.ckpt"):
@@ -118,7 +118,7 @@ def test_a_run_is_repeated_with_its_preset_and_its_changes(tmp_path, monkeypatch
 
 def test_one_that_would_only_lend_its_name_is_refused(tmp_path):
     path = header_of(tmp_path, build(NEEDED))
-    with pytest.raises(ConfigError, match="preset: style changes nothing, since lora_rank, epochs, lr_scheduler are"):
+    with pytest.raises(ConfigError, match="preset: style changes nothing, since lora_rank, epochs are"):
         config_of(path, ["preset=style"])
     assert config_of(header_of(tmp_path, build(NEEDED, {"preset": "style"})), ["preset=style"]).lora_rank == 16
     copied = {**yaml.safe_load(template()), "preset": "trial"}
@@ -157,7 +157,7 @@ def chosen(host, before, name, **shown):
 
 def test_choosing_one_sets_its_controls_and_says_why():
     host = FakeHost(model=Checkpoint("base", ()))
-    assert chosen(host, NONE, "style") == {"lora_rank": 16, "epochs": 15, "lr_scheduler": "cosine"}
+    assert chosen(host, NONE, "style") == {"lora_rank": 16, "epochs": 15}
     assert PRESETS["style"].why in reason("style")
     assert "none" in reason(NONE)
     host.model = Checkpoint("base", (), "sdxl")
@@ -167,13 +167,13 @@ def test_choosing_one_sets_its_controls_and_says_why():
 
 def test_another_one_takes_back_what_was_not_changed_by_hand():
     host = FakeHost()
-    after = {"lora_rank": 16.0, "epochs": 15.0, "lr_scheduler": "cosine"}
-    assert chosen(host, "style", NONE, **after) == {"lora_rank": 8, "epochs": 10, "lr_scheduler": "constant"}
-    by_hand = after | {"lora_rank": 32.0, "epochs": None}
-    assert chosen(host, "style", NONE, **by_hand) == {"lr_scheduler": "constant"}
-    assert chosen(host, "style", "style", **by_hand) == {"lora_rank": 16, "epochs": 15, "lr_scheduler": "cosine"}
-    swapped = chosen(host, "style", "object", **after)
-    assert (swapped["lora_rank"], swapped["epochs"], swapped["crop"]) == (8, 20, "focus")
+    after = {"learning_rate": 2.5e-4, "epochs": 20.0, "crop": "focus"}
+    assert chosen(host, "object", NONE, **after) == {"learning_rate": 5e-4, "epochs": 10, "crop": "center"}
+    by_hand = after | {"learning_rate": 1e-3, "epochs": None}
+    assert chosen(host, "object", NONE, **by_hand) == {"crop": "center"}
+    assert chosen(host, "object", "object", **by_hand) == {"learning_rate": 2.5e-4, "epochs": 20, "crop": "focus"}
+    swapped = chosen(host, "object", "style", **after)
+    assert (swapped["lora_rank"], swapped["epochs"], swapped["crop"]) == (16, 15, "center")
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if name != "trial"])

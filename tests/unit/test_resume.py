@@ -171,7 +171,7 @@ def test_it_says_when_there_is_nothing_to_go_on_with(job, expected):
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [({"learning_rate": 1e-3}, "learning_rate was 0.0002, now 0.001"), ({"lora_rank": 8}, "lora_rank was 4, now 8")],
+    [({"learning_rate": 1e-3}, "learning_rate was 0.0005, now 0.001"), ({"lora_rank": 8}, "lora_rank was 4, now 8")],
 )
 def test_other_settings_are_refused(job, change, words):
     job.killed(at_step(5))
@@ -330,9 +330,9 @@ def test_bad_numbers_in_a_row_lead_back_with_a_smaller_learning_rate(job, monkey
     job(epochs=4)
     steps = job.of(StepDone)
     assert [event.step for event in steps] == [1, 2, 3, 4, 5, 6, *range(5, 13)]
-    assert {event.learning_rate for event in steps[:6]} == {2e-4}
-    assert {event.learning_rate for event in steps[6:]} == {1e-4}
-    assert job.told("3 updates in a row were not finite; back to step 4, on with learning rate 0.0001")
+    assert {event.learning_rate for event in steps[:6]} == {5e-4}
+    assert {event.learning_rate for event in steps[6:]} == {2.5e-4}
+    assert job.told("3 updates in a row were not finite; back to step 4, on with learning rate 0.00025")
 
 
 def test_the_smaller_learning_rate_is_remembered(job, monkeypatch):
@@ -340,7 +340,7 @@ def test_the_smaller_learning_rate_is_remembered(job, monkeypatch):
     job.killed(lambda event: at_step(9)(event), epochs=4)
     monkeypatch.undo()
     job(epochs=4)
-    assert {event.learning_rate for event in job.of(StepDone)} == {1e-4}
+    assert {event.learning_rate for event in job.of(StepDone)} == {2.5e-4}
 
 
 def test_numbers_that_stay_bad_end_with_advice_and_what_was_learned(job, monkeypatch):
