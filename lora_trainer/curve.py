@@ -73,7 +73,7 @@ def risen(curve: Sequence[Point]) -> Point | None:
     """The first point whose held-out loss is RISE above the least before it."""
     least = math.inf
     for point in curve:
-        if point.lora >= least * (1 + RISE):
+        if point.lora > least and point.lora >= least * (1 + RISE):
             return point
         least = min(least, point.lora)
     return None

@@ -87,3 +87,8 @@ def test_what_was_saved_is_said():
         "step 10 of 1000 was best on held-out pictures (0.0913; at step 20 0.0975): saved that one; the last one is "
         "style-step00000020"
     )
+
+
+def test_no_loss_at_all_is_no_rise():
+    assert risen(curve(0.0, 0.0, 0.0)) is None
+    assert warning(curve(0.0, 0.0, 0.0)) is None

@@ -299,7 +299,7 @@ def test_files_of_other_families_are_refused(settings, xl, checkpoint, base, tmp
     _, data = train(xl, learning_rate=0.01)
     other = tmp_path / "xl.safetensors"
     other.write_bytes(data)
-    with pytest.raises(ModelError, match="no place"):
+    with pytest.raises(ModelError, match="made for another base model"):
         sampling.apply_lora(open_model(checkpoint, CPU), other)
     _, data = train({**settings, "epochs": 1}, learning_rate=0.01, train_text_encoder=True)
     other.write_bytes(data)
