@@ -24,19 +24,21 @@ OURS = "default"
 
 
 def shares(lines: Sequence[Line]) -> dict[str, dict[tuple[str, int], float]]:
-    """settings -> (style, seed) -> held-out loss / the base's; of two lines for one run the later counts."""
+    """settings -> (style, seed) -> held-out loss / the base's; of two lines for one run the later counts. A seed counts
+    that has seen all styles, since styles differ far more than settings do."""
     found: dict[str, dict[tuple[str, int], float]] = defaultdict(dict)
     for line in lines:
         found[line["settings"]][line["style"], line["seed"]] = line["final"] / line["base"]
-    return dict(found)
+    styles = {style for runs in found.values() for style, _ in runs}
+    return {
+        name: {run: share for run, share in runs.items() if all((style, run[1]) in runs for style in styles)}
+        for name, runs in found.items()
+    }
 
 
 def over_seeds(runs: dict[tuple[str, int], float]) -> list[float]:
-    """The mean over styles for each seed that has seen all of them: styles differ far more than settings do."""
-    styles = {style for style, _ in runs}
-    seeds = sorted({seed for _, seed in runs})
-    whole = [seed for seed in seeds if all((style, seed) in runs for style in styles)]
-    return [mean(runs[style, seed] for style in styles) for seed in whole]
+    """The mean over styles for each seed."""
+    return [mean(share for (_, seen), share in runs.items() if seen == seed) for seed in {seed for _, seed in runs}]
 
 
 def error(values: Sequence[float]) -> float:

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import estimate, plot, quality, step
+from benchmarks import estimate, plot, plot_quality, quality, step
 from benchmarks.styles import STYLES, folders
 
 ROOT = Path(__file__).parents[2]
-NEWEST = sorted((ROOT / "benchmarks" / "results").glob("*.jsonl"))[-1]
+NEWEST = sorted((ROOT / "benchmarks" / "results").glob("*-h?00.jsonl"))[-1]
 
 
 def test_the_page_and_the_plot_are_fresh():
@@ -82,3 +82,21 @@ def test_all_settings_see_as_many_pictures(name, tmp_path):
     assert config.seed == 3
     assert len(list(Path(config.train_data_dir).glob("*.png"))) == 24
     assert len(list(Path(config.validation_data_dir).glob("*.png"))) == 8
+
+
+def test_the_page_of_the_defaults_is_fresh():
+    (results,) = sorted((ROOT / "benchmarks" / "results").glob("*-defaults.jsonl"))
+    lines, text = plot.read([results]), plot_quality.PAGE.read_text(encoding="utf-8")
+    again = f"run: python -m benchmarks.plot_quality {results.relative_to(ROOT)}"
+    assert text == plot_quality.page(text, plot_quality.table(lines)), again
+    assert plot_quality.PICTURE.read_text(encoding="utf-8") == plot_quality.svg(lines), again
+
+
+def test_settings_are_compared_by_seeds_that_saw_all_styles():
+    def line(settings: str, style: str, seed: int, final: float) -> dict:
+        return {"settings": settings, "style": style, "seed": seed, "base": 0.5, "final": final}
+
+    whole = [line(s, t, q, f) for s, f in (("default", 0.2), ("peer", 0.3)) for t in ("ink", "chalk") for q in (1, 2)]
+    rows = plot_quality.table([*whole, line("peer", "ink", 3, 0.01)]).splitlines()
+    assert rows[2] == "| default | 0.4000 |  | 4 |"
+    assert rows[3] == "| peer | 0.6000 | +0.2000 ± 0.0000 | 4 |"
