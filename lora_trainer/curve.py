@@ -71,20 +71,26 @@ def waited(curve: Sequence[Point]) -> int:
 
 def risen(curve: Sequence[Point]) -> Point | None:
     """The first point whose held-out loss is RISE above the least before it."""
+    at = _rise(curve)
+    return None if at is None else curve[at]
+
+
+def _rise(curve: Sequence[Point]) -> int | None:
     least = math.inf
-    for point in curve:
+    for at, point in enumerate(curve):
         if point.lora > least and point.lora >= least * (1 + RISE):
-            return point
+            return at
         least = min(least, point.lora)
     return None
 
 
 def warning(curve: Sequence[Point]) -> str | None:
     """What there is to say once the held-out loss has risen, and what to do about it."""
-    point = risen(curve)
-    if point is None:
+    at = _rise(curve)
+    if at is None:
         return None
-    before = [other for other in curve[: curve.index(point)] if math.isfinite(other.lora)]
+    point = curve[at]
+    before = [other for other in curve[:at] if math.isfinite(other.lora)]
     least = min(before, key=lambda other: other.lora)
     compared = f"{point.lora:.4f} at step {point.step}, {least.lora:.4f} "
     if least.step == 0:

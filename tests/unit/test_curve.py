@@ -92,3 +92,8 @@ def test_what_was_saved_is_said():
 def test_no_loss_at_all_is_no_rise():
     assert risen(curve(0.0, 0.0, 0.0)) is None
     assert warning(curve(0.0, 0.0, 0.0)) is None
+
+
+def test_a_point_that_stands_twice_is_found_where_it_rises():
+    points = [Point(1, 1.0, 1.0), Point(2, 1.0, 0.5), Point(1, 1.0, 1.0)]
+    assert "0.5000 at step 2" in warning(points)
