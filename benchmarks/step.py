@@ -12,6 +12,8 @@ import json
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,7 +45,11 @@ class Clock:
 
     stamps: list[float] = field(default_factory=list)
 
-    def hand_over(self, make_room: object) -> bool:
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        yield
+
+    def hand_over(self, make_room: object = None) -> bool:
         self.stamps.append(time.perf_counter())
         return True
 

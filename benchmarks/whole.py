@@ -15,15 +15,15 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from benchmarks import models
+from benchmarks.step import Clock
 from benchmarks.timing import gaps, machine, peak_reserved, spread
 from lora_trainer.config import Config, build
 from lora_trainer.config.sources import parse_overrides
@@ -32,21 +32,6 @@ from lora_trainer.hosts.ports import Host
 from lora_trainer.hosts.standalone import device_of, host_of, in_background
 from lora_trainer.logs import CsvLog, TensorBoardLog, fan_out
 from lora_trainer.training.run import run
-
-
-@dataclass
-class Clock:
-    """A lease that nobody else wants; it is asked after each update and notes when."""
-
-    stamps: list[float] = field(default_factory=list)
-
-    @contextmanager
-    def hold(self) -> Iterator[None]:
-        yield
-
-    def hand_over(self, make_room: object = None) -> bool:
-        self.stamps.append(time.perf_counter())
-        return True
 
 
 def write_pictures(folder: Path, count: int, size: int) -> None:

@@ -86,7 +86,7 @@ class RateFound(Event, tag="rate found"):
 
 class Validated(Event, tag="validated"):
     """Loss with fixed noise and timesteps: of held-out pictures with the base model, and with the LoRA at this step;
-    of as many training pictures the same."""
+    of some training pictures the same."""
 
     step: int
     base: float
