@@ -7,6 +7,8 @@
 #   make lint | format        check the style | apply it
 PYTHON ?= python3
 VENV ?= .venv
+# A process a core; each takes over what another has not come to.
+PARALLEL ?= -n logical --maxprocesses 8 --dist worksteal
 
 .PHONY: demo test test-slow test-chaos soak fuzz lint format
 .DELETE_ON_ERROR:
@@ -15,7 +17,7 @@ demo: $(VENV)/.ready
 	$(VENV)/bin/lora-trainer demo $(if $(OUT),--out "$(OUT)")
 
 test: $(VENV)/.ready
-	$(VENV)/bin/python -m pytest -m "not slow and not gpu and not chaos"
+	$(VENV)/bin/python -m pytest $(PARALLEL) -m "not slow and not gpu and not chaos"
 
 test-slow: $(VENV)/.ready
 	$(VENV)/bin/python -m pytest -m "slow and not gpu and not chaos and not soak"
