@@ -1,0 +1,152 @@
+"""Pictures drawn with the LoRAs of `benchmarks.quality --work FOLDER`, for captions of held-out pictures: how far they
+are from the real ones, and a sheet of them.
+
+usage: python -m benchmarks.pictures FOLDER [--runs default-ink-1 …] [--device auto] [--count 64]
+                                     [--sheet SHEET.png --captions 8 --last] >> PICTURES.jsonl
+
+Prints one line of JSON a LoRA. Distances are sliced Wasserstein distances between patches of Laplacian pyramids
+(Karras et al. 2018, arXiv:1710.10196, section 5), in units of the real pictures' deviation, the mean over the levels;
+unlike there colours count, since both sides are centred by the real pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from lora_trainer.demo import WORLD
+from lora_trainer.draw import save_picture
+from lora_trainer.hosts.standalone import device_of, open_model
+from lora_trainer.models.latents import decode, latent_shape, to_image, to_tensor
+from lora_trainer.models.model import Model
+from lora_trainer.sampling import Recipe, apply_lora, conditions, scheduler
+from lora_trainer.sheet import contact_sheet
+from lora_trainer.training import randomness
+from lora_trainer.training.precision import Precision
+
+PATCH, PATCHES, DIRECTIONS, SMALLEST = 7, 128, 512, 16
+_BLUR = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16
+_NAME = re.compile(r"(?P<settings>.+)-(?P<style>[^-]+)-(?P<seed>\d+)")
+_STEP = re.compile(r"-step(\d+)\.safetensors$")
+
+
+@torch.no_grad()
+def draw(model: Model, captions: Sequence[str], recipe: Recipe) -> Tensor:
+    """[n, 3, H, W] in -1 … 1, drawn by DDIM with guidance, all at once; each caption with a noise of its own."""
+    precision, device = Precision(model.facts.device, model.facts.dtype), model.facts.device
+    told = conditions(model, [*[recipe.negative] * len(captions), *captions], recipe.size)
+    ddim = scheduler(model.noise)
+    ddim.set_timesteps(recipe.steps)
+    shape = latent_shape(model.vae, *recipe.size)
+    x = randomness.normal(recipe.seed, "pictures", range(len(captions)), shape).to(device)
+    for t in ddim.timesteps:
+        with precision.autocast():
+            out = model.unet(torch.cat([x, x]), t.to(device), **told, return_dict=False)[0].float()
+        away, towards = out.chunk(2)
+        x = ddim.step(away + recipe.guidance * (towards - away), t, x, return_dict=False)[0]
+    return torch.cat([decode(model.vae, part).float().cpu() for part in x.split(16)]).clamp(-1, 1)
+
+
+def distance(drawn: Tensor, real: Tensor) -> float:
+    """Between two sets [n, 3, H, W] and [m, 3, H, W], of few pictures too: both are sampled alike."""
+    levels = []
+    for one, other in zip(_pyramid(drawn), _pyramid(real), strict=True):
+        centre, spread = other.mean((0, 2, 3), keepdim=True), other.std((0, 2, 3), keepdim=True)
+        levels.append(_sliced((one - centre) / spread, (other - centre) / spread))
+    return sum(levels) / len(levels)
+
+
+def _pyramid(pictures: Tensor) -> Iterator[Tensor]:
+    """What each level has beyond the next smaller one; the smallest as it is."""
+    while pictures.shape[-1] > SMALLEST:
+        small = F.avg_pool2d(_blurred(pictures), 2)
+        yield pictures - F.interpolate(small, scale_factor=2, mode="bilinear", align_corners=False)
+        pictures = small
+    yield pictures
+
+
+def _blurred(pictures: Tensor) -> Tensor:
+    kernel = torch.outer(_BLUR, _BLUR).expand(3, 1, 5, 5)
+    return F.conv2d(F.pad(pictures, (2, 2, 2, 2), mode="reflect"), kernel, groups=3)
+
+
+def _sliced(one: Tensor, other: Tensor) -> float:
+    directions = torch.randn(3 * PATCH * PATCH, DIRECTIONS, generator=torch.Generator().manual_seed(0))
+    directions = directions / directions.norm(dim=0)
+    rows = [(_patches(side) @ directions).sort(dim=0).values for side in (one, other)]
+    count = min(map(len, rows))
+    even = [row[torch.linspace(0, len(row) - 1, count).round().long()] for row in rows]
+    return (even[0] - even[1]).abs().mean().item()
+
+
+def _patches(pictures: Tensor) -> Tensor:
+    """[n * PATCHES, 3 * PATCH²], the same places in every set."""
+    generator = torch.Generator().manual_seed(1)
+    size = pictures.shape[-1] - PATCH + 1
+    whole = F.unfold(pictures, PATCH).transpose(1, 2)
+    places = [torch.randint(size * size, (PATCHES,), generator=generator) for _ in range(len(pictures))]
+    return torch.cat([one[at] for one, at in zip(whole, places, strict=True)])
+
+
+def held_out(folder: Path) -> tuple[list[str], list[Image.Image]]:
+    """Captions and pictures, in the order of the list beside them."""
+    rows = [line.partition(",") for line in (folder / "metadata.csv").read_text(encoding="utf-8").splitlines()]
+    rows = [row for row in rows if (folder / row[0]).exists()]
+    return [row[2].strip('"') for row in rows], [Image.open(folder / row[0]).convert("RGB") for row in rows]
+
+
+def loras(run: Path) -> list[Path]:
+    """A run's files in the order of their steps, the last one without a number at the end."""
+    return sorted(run.glob("*.safetensors"), key=lambda path: (step(path) is None, step(path)))
+
+
+def step(path: Path) -> int | None:
+    """The number in a file's name."""
+    found = _STEP.search(path.name)
+    return int(found[1]) if found else None
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--runs", nargs="*", default=None, help="folders there; all that are runs")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--count", type=int, default=64)
+    parser.add_argument("--last", action="store_true", help="only the last LoRA of each run")
+    parser.add_argument("--sheet", type=Path, default=None)
+    parser.add_argument("--captions", type=int, default=8)
+    asked = parser.parse_args(arguments)
+    device = device_of(asked.device)
+    rows: list[tuple[str, Sequence[Image.Image]]] = []
+    heads: list[str] = []
+    for name in asked.runs or sorted(path.parent.name for path in asked.folder.glob("*/logs")):
+        about = _NAME.fullmatch(name)
+        found = next(asked.folder.glob(f"{about['style']}-held-out-*"))
+        captions, real = (part[: asked.count] for part in held_out(found))
+        truth = torch.cat([to_tensor(picture) for picture in real])
+        recipe = Recipe(real[0].size, steps=20)
+        for path in loras(asked.folder / name)[-1 if asked.last else 0 :]:
+            model = open_model(WORLD / "emoji-world.safetensors", device)
+            apply_lora(model, path)
+            drawn = draw(model, captions, recipe)
+            line = {**about.groupdict(), "seed": int(about["seed"]), "step": step(path), "count": len(captions)}
+            print(json.dumps({**line, "distance": round(distance(drawn, truth), 5)}), flush=True)
+        chosen = range(0, len(captions), max(1, len(captions) // asked.captions))[: asked.captions]
+        rows.append((name.replace("-", "\n"), [to_image(drawn[at]) for at in chosen]))
+        heads = [captions[at].split(" of ", 1)[-1] for at in chosen]
+        real_row = ("real\n(held out)", [real[at] for at in chosen])
+    if asked.sheet:
+        save_picture(contact_sheet([*rows, real_row], heads), asked.sheet)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,105 @@
+"""When early stopping would have ended long runs, and whether the score of fidelity against drift ranks checkpoints as
+the held-out loss and the pictures do.
+
+usage: python -m benchmarks.stopping RESULTS.jsonl [PICTURES.jsonl] [--patience 3] [--every 1]
+
+RESULTS are lines of `benchmarks.quality`, run to their end, PICTURES those of `benchmarks.pictures`. Every `every`-th
+measurement is looked at.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import mean
+
+from benchmarks.plot import Line, read
+from lora_trainer.curve import Point, best, risen, waited
+
+
+def curve(line: Line, every: int) -> list[Point]:
+    return [Point(step, line["base"], lora, train) for step, lora, train in line["curve"][::every]]
+
+
+def picked(points: Sequence[Point], patience: int) -> tuple[Point, Point]:
+    """The best point when the run would have ended, and the one at which it would."""
+    for count in range(1, len(points) + 1):
+        if waited(points[:count]) >= patience:
+            return best(points[:count]), points[count - 1]
+    return best(points), points[-1]
+
+
+def stops(lines: Sequence[Line], patience: int, every: int) -> Iterator[str]:
+    """A row for each run, in Markdown."""
+    yield "| run | ends after | its best | best of all | worse by | risen by 5 % |"
+    yield "|---|---|---|---|---|---|"
+    for line in sorted(lines, key=lambda line: (line["style"], line["seed"])):
+        points = curve(line, every)
+        (best_then, end), least = picked(points, patience), best(points)
+        yield (
+            f"| {line['style']} {line['seed']} | {end.step / line['steps']:.0%} | {best_then.lora:.4f} | "
+            f"{least.lora:.4f} | {best_then.lora / least.lora - 1:+.1%} | {'yes' if risen(points) else 'no'} |"
+        )
+
+
+def ranks(values: Sequence[float]) -> list[float]:
+    """From 0; equals share the mean of theirs."""
+    return [
+        sum(other < value for other in values) + (sum(other == value for other in values) - 1) / 2 for value in values
+    ]
+
+
+def spearman(one: Sequence[float], other: Sequence[float]) -> float:
+    """Rank correlation."""
+    a, b = ranks(one), ranks(other)
+    ma, mb = mean(a), mean(b)
+    covariance = sum((x - ma) * (y - mb) for x, y in zip(a, b, strict=True))
+    return covariance / (sum((x - ma) ** 2 for x in a) * sum((y - mb) ** 2 for y in b)) ** 0.5
+
+
+def correlations(lines: Sequence[Line], pictures: Sequence[Line]) -> Iterator[str]:
+    """Rank correlations within each run: of the score with the held-out loss and with the pictures' distance (their
+    signs turned, so that 1 is agreement), and of those two with each other; last the mean."""
+    far = {(p["style"], p["seed"], p["step"]): p["distance"] for p in pictures}
+    yield "| run | checkpoints | score, held-out loss | score, pictures | held-out loss, pictures | cost |"
+    yield "|---|---|---|---|---|---|"
+    rows = []
+    for line in sorted(lines, key=lambda line: (line["style"], line["seed"])):
+        loss = {step: lora for step, lora, _ in line["curve"]}
+        shown = [(step, score) for step, _, _, score in line["compared"] if step > 0 and step in loss]
+        at = {
+            step: far.get((line["style"], line["seed"], None if step == line["steps"] else step)) for step, _ in shown
+        }
+        seen = [(score, -loss[step], -at[step]) for step, score in shown if at[step] is not None]
+        if len(seen) < 3:
+            continue
+        score, held_out, drawn = zip(*seen, strict=True)
+        cost = line["comparing_seconds"] / (line["seconds"] - line["comparing_seconds"])
+        rows.append([spearman(score, held_out), spearman(score, drawn), spearman(held_out, drawn), cost])
+        yield f"| {line['style']} {line['seed']} | {len(seen)} | " + _row(rows[-1])
+    if rows:
+        yield "| mean | | " + _row([mean(column) for column in zip(*rows, strict=True)])
+
+
+def _row(values: Sequence[float]) -> str:
+    *correlated, cost = values
+    return " | ".join(f"{value:.2f}" for value in correlated) + f" | {cost:.1%} |"
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("pictures", type=Path, nargs="?")
+    parser.add_argument("--patience", type=int, default=3)
+    parser.add_argument("--every", type=int, default=1)
+    asked = parser.parse_args(arguments)
+    lines = read([asked.results])
+    print("\n".join(stops(lines, asked.patience, asked.every)))
+    if asked.pictures:
+        print("\n" + "\n".join(correlations(lines, read([asked.pictures]))))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
