@@ -53,8 +53,18 @@ class Base:
 
     way: Sequence[tuple[int, Tensor, Tensor]]
     real: Tensor
-    distance: float
+    drawn: Tensor
     scores: Scores | None
+
+    @property
+    def distance(self) -> float:
+        """Of its own pictures."""
+        return self.far(self.drawn)
+
+    def far(self, drawn: Tensor) -> float:
+        """How far pictures, as it sees them [m, C], are from the real ones, in units of these ones' deviation."""
+        centre, spread = self.real.mean(0), self.real.std(0).clamp_min(1e-6)
+        return distance((drawn - centre) / spread, (self.real - centre) / spread)
 
 
 @dataclass
@@ -133,7 +143,7 @@ class Fidelity:
             return
         self.sink(Progress(stage="comparing", done=1, total=1))
         clip = {} if scores is None else {"clip_image": scores.image, "clip_text": scores.text}
-        self.sink(Compared(step=step, likeness=likeness, drift=drift, score=likeness * (1 - drift), **clip))
+        self.sink(Compared(step=step, likeness=likeness, drift=drift, score=score(likeness, drift), **clip))
 
     def _of_base(self, segment: Segment) -> Base:
         x = self._noise(segment, "drift", len(self.prompts))
@@ -142,7 +152,7 @@ class Fidelity:
         real = self._seen(segment, latents.to(x.device))
         on_host = [(t, shown.cpu(), answered.cpu()) for t, shown, answered in way]
         latents = self._drawn(segment)
-        return Base(on_host, real, distance(self._seen(segment, latents), real), self._scores(segment, latents))
+        return Base(on_host, real, self._seen(segment, latents), self._scores(segment, latents))
 
     def _drift(self, segment: Segment) -> float:
         """How far answers to other prompts are from the base's, squared, as a share of the base's own; at the places to
@@ -162,8 +172,7 @@ class Fidelity:
         scores = self._scores(segment, latents)
         if self._base.distance <= 0:
             return 1.0, scores
-        far = distance(self._seen(segment, latents), self._base.real)
-        return min(1.0, 1 - far / self._base.distance), scores
+        return min(1.0, 1 - self._base.far(self._seen(segment, latents)) / self._base.distance), scores
 
     def _drawn(self, segment: Segment) -> Tensor:
         """Latents of the pictures that are drawn now."""
@@ -193,6 +202,11 @@ class Fidelity:
     def _noise(self, segment: Segment, purpose: str, count: int) -> Tensor:
         shape = tuple(self._real[0].latents.shape[1:])
         return randomness.normal(SEED, purpose, range(count), shape).to(segment.model.facts.device)
+
+
+def score(likeness: float, drift: float) -> float:
+    """One number of both: likeness counts twice as much, since a style that is far from the base's takes some drift."""
+    return likeness * math.sqrt(max(0.0, 1 - drift))
 
 
 def distance(drawn: Tensor, real: Tensor) -> float:

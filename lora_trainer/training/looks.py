@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_trainer.sampling import scheduler
 from lora_trainer.training.step import Network
@@ -48,13 +48,21 @@ def drawn(network: Network, x: Tensor, told: Mapping[str, object], steps: int) -
 
 @torch.no_grad()
 def features(network: Network, latents: Tensor, noise: Tensor, told: Mapping[str, object]) -> Tensor:
-    """[B, C] float32: the middle block's answer to each of `latents`, the mean over its places."""
+    """[B, C] float32: mean and deviation over the places of each channel that the levels on the way down and the middle
+    block answer to each of `latents`: what a picture is of, and in which style (as in AdaIN, Huang & Belongie 2017,
+    arXiv:1703.06868)."""
     found: list[Tensor] = []
-    hook = network.unet.mid_block.register_forward_hook(lambda module, given, out: found.append(out))
+
+    def keep(module: nn.Module, given: object, out: Tensor | tuple[Tensor, ...]) -> None:
+        answered = (out if isinstance(out, Tensor) else out[0]).float()
+        found.extend((answered.mean(dim=(2, 3)), answered.std(dim=(2, 3))))
+
+    hooks = [block.register_forward_hook(keep) for block in (*network.unet.down_blocks, network.unet.mid_block)]
     try:
         t = int(SEEN_AT * network.noise.timesteps)
         times = torch.full((len(latents),), t, device=latents.device)
         answer(network, network.noise.add_noise(latents, noise, times), t, told)
     finally:
-        hook.remove()
-    return found[0].float().mean(dim=(2, 3))
+        for hook in hooks:
+            hook.remove()
+    return torch.cat(found, dim=1)

@@ -52,7 +52,7 @@ def test_a_run_begins_as_the_base_and_moves(settings, often):
     assert [event.step for event in others] == [4, 8]
     assert 0 < others[0].drift < others[-1].drift
     assert all(event.likeness <= 1 for event in others)
-    assert all(event.score == event.likeness * (1 - event.drift) for event in others)
+    assert all(event.score == event.likeness * (1 - event.drift) ** 0.5 for event in others)
 
 
 def test_measuring_changes_nothing_of_what_is_learned(settings, often):
