@@ -20,22 +20,43 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from benchmarks.ldm import Shapes, clip_state, open_clip_state, unet_state
 from tests.ldm import SD15_UNET, SD15_VAE, vae_state
 
+# What is measured.
 Family = Literal["sd15", "sdxl"]
+# What `write_checkpoint` writes.
+Form = Literal["sd15", "sdxl", "ssd", "vega", "refiner"]
 
+SDXL_UNET = {
+    "block_out_channels": (320, 640, 1280),
+    "layers_per_block": 2,
+    "down_block_types": ("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
+    "up_block_types": ("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",),
+    "transformer_layers_per_block": (1, 2, 10),
+    "cross_attention_dim": 2048,
+    "attention_head_dim": (5, 10, 20),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
 UNETS = {
     "sd15": SD15_UNET,
-    "sdxl": {
-        "block_out_channels": (320, 640, 1280),
-        "layers_per_block": 2,
-        "down_block_types": ("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
-        "up_block_types": ("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",),
-        "transformer_layers_per_block": (1, 2, 10),
-        "cross_attention_dim": 2048,
-        "attention_head_dim": (5, 10, 20),
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2816,
+    "sdxl": SDXL_UNET,
+    "ssd": SDXL_UNET
+    | {
+        "transformer_layers_per_block": (1, 2, 4),
+        "reverse_transformer_layers_per_block": ((4, 4, 10), (2, 1, 1), 1),
+        "mid_block_type": "UNetMidBlock2D",
+    },
+    "vega": SDXL_UNET | {"transformer_layers_per_block": (1, 1, 2), "mid_block_type": "UNetMidBlock2D"},
+    "refiner": SDXL_UNET
+    | {
+        "block_out_channels": (384, 768, 1536, 1536),
+        "down_block_types": ("DownBlock2D", *("CrossAttnDownBlock2D",) * 2, "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", *("CrossAttnUpBlock2D",) * 2, "UpBlock2D"),
+        "transformer_layers_per_block": (1, 4, 4, 4),
+        "cross_attention_dim": 1280,
+        "attention_head_dim": (6, 12, 24, 24),
+        "projection_class_embeddings_input_dim": 2560,
     },
 }
 # CLIP ViT-L/14's text half: all of SD1's text encoder, and the smaller one of SDXL's two.
@@ -70,15 +91,18 @@ def text_encoder(device: torch.device | str, dtype: torch.dtype) -> CLIPTextMode
     return network
 
 
-def write_checkpoint(path: Path, family: Family, device: torch.device | str = "cpu") -> Path:
+def write_checkpoint(path: Path, family: Form, device: torch.device | str = "cpu") -> Path:
     """A random single-file checkpoint in fp16: UNet, VAE and text encoders under the names of the original releases.
 
-    The numbers are drawn on `device` and written as they are drawn; the file takes 2.1 GB (sd15) or 6.9 GB (sdxl).
+    The numbers are drawn on `device` and written as they are drawn; the file takes 2.1 GB (sd15), 6.9 GB (sdxl),
+    4.5 GB (ssd), 3.3 GB (vega) or 6.1 GB (refiner).
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in vae_state(SD15_VAE, fill=_meta).items()}
     shapes |= unet_state(UNETS[family])
     if family == "sd15":
         shapes |= clip_state("cond_stage_model.transformer.", CLIP_L)
+    elif family == "refiner":
+        shapes |= open_clip_state("conditioner.embedders.0.model.", width=1280, layers=32)
     else:
         shapes |= clip_state("conditioner.embedders.0.transformer.", CLIP_L)
         shapes |= open_clip_state("conditioner.embedders.1.model.", width=1280, layers=32)

@@ -66,7 +66,7 @@ def start(recipe: Recipe, shape: tuple[int, int, int]) -> Tensor:
 def denoise(model: Model, prompt: str, recipe: Recipe, precision: Precision) -> Tensor:
     """The finished latents of one prompt, [1, 4, h, w] float32."""
     device = model.facts.device
-    told = conditions(model, [recipe.negative, prompt], recipe.size)
+    told = conditions(model, [recipe.negative, prompt], recipe.size, negatives=1)
     ddim = scheduler(model.noise)
     ddim.set_timesteps(recipe.steps)
     x = start(recipe, latent_shape(model.vae, *recipe.size)).to(device)
@@ -79,9 +79,9 @@ def denoise(model: Model, prompt: str, recipe: Recipe, precision: Precision) -> 
 
 
 @torch.no_grad()
-def conditions(model: Model, prompts: Sequence[str], size: tuple[int, int]) -> dict[str, object]:
+def conditions(model: Model, prompts: Sequence[str], size: tuple[int, int], *, negatives: int = 0) -> dict[str, object]:
     """What the UNet is told of them, frozen: shorter ones are filled up with the empty prompt's chunks. SDXL is told of
-    a whole picture of `size`."""
+    a whole picture of `size`. The first `negatives` of them are negative prompts."""
     device = model.facts.device
     ids = {prompt: model.text.tokenize(prompt) for prompt in prompts}
     chunks = max(part.shape[0] for part in ids.values())
@@ -92,9 +92,10 @@ def conditions(model: Model, prompts: Sequence[str], size: tuple[int, int]) -> d
     told: dict[str, object] = {"encoder_hidden_states": torch.cat([one.context for one in said])}
     if said[0].pooled is not None:
         width, height = size
-        sizes = torch.tensor([[height, width, 0, 0, height, width]], device=device, dtype=torch.float32)
+        sizes = torch.tensor([[height, width, 0, 0, height, width]], device=device)
         pooled = torch.cat([one.pooled for one in said])
-        told["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": sizes.expand(len(said), -1)}
+        rows = [model.facts.family.told(sizes, negative=number < negatives) for number in range(len(said))]
+        told["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": torch.cat(rows)}
     return told
 
 

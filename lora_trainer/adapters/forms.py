@@ -12,15 +12,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from lora_trainer.adapters.load import Lora
-from lora_trainer.adapters.naming import TEXT_PREFIX, UNET_PREFIX, Factors, kohya_name
+from lora_trainer.adapters.naming import TEXT_PREFIX, UNET_PREFIX, Factors, kohya_name, native_name
 from lora_trainer.adapters.targets import ATTENTION, CONV
 from lora_trainer.errors import ModelError
-from lora_trainer.models.families import FAMILIES, SD1, SD2, SDXL, Family
+from lora_trainer.models.families import FAMILIES, REFINER, SD1, SD2, SDXL, Family
 from lora_trainer.models.text import NETWORKS
 from lora_trainer.models.unet_names import OUTER, RESNET, to_diffusers, to_ldm
 
 FORMS = ("kohya", "ldm", "diffusers", "peft")
-BY_NAME = {"sd1": SD1, "sd2": SD2, "sdxl": SDXL}
+BY_NAME = {"sd1": SD1, "sd2": SD2, "sdxl": SDXL, "sdxl-refiner": REFINER}
 # Resnets a level in every published UNet of these families.
 LAYERS = 2
 _WEIGHT = ".weight"
@@ -48,15 +48,15 @@ def family_of(lora: Lora) -> Family | None:
     said = lora.metadata.get("ss_base_model_version", "")
     built = lora.metadata.get("modelspec.architecture", "")
     for family, version, architecture in (
+        (REFINER, REFINER.base_version, REFINER.architecture),
         (SDXL, "sdxl", "stable-diffusion-xl"),
         (SD2, "sd_v2", "stable-diffusion-v2"),
         (SD1, "sd_v1", "stable-diffusion-v1"),
     ):
         if said.startswith(version) or built.startswith(architecture):
             return family
-    if any(name.startswith((f"{TEXT_PREFIX}1_", f"{TEXT_PREFIX}2_")) for name in lora.factors):
-        return SDXL
-    return by_width(lora.factors)
+    two = any(name.startswith((f"{TEXT_PREFIX}1_", f"{TEXT_PREFIX}2_")) for name in lora.factors)
+    return by_width(lora.factors) or (SDXL if two else None)
 
 
 def told_family(lora: Lora, name: str | None) -> Family:
@@ -71,7 +71,7 @@ def told_family(lora: Lora, name: str | None) -> Family:
 def by_width(factors: Mapping[str, Factors]) -> Family | None:
     """The family whose text embeddings are as wide as a UNet's modules take them."""
     widths = {f.down.shape[1] for name, f in factors.items() if name.endswith("_attn2_to_k")}
-    return {768: SD1, 1024: SD2, 2048: SDXL}.get(widths.pop()) if len(widths) == 1 else None
+    return {768: SD1, 1024: SD2, 1280: REFINER, 2048: SDXL}.get(widths.pop()) if len(widths) == 1 else None
 
 
 def numbered(lora: Lora, family: Family) -> Lora:
@@ -83,10 +83,15 @@ def numbered(lora: Lora, family: Family) -> Lora:
 
 
 def named(lora: Lora, family: Family, *, ldm: bool | None = None) -> dict[str, Factors]:
-    """The modules of `lora` by their names in kohya's form, the UNet's after LDM's paths or after diffusers'; left out,
-    as kohya's trainer names that family. Raises ModelError for names that are no module's."""
+    """The modules of `lora` by their names in files of kohya's form, the UNet's after LDM's paths or after diffusers';
+    left out, as kohya's trainer names that family. Raises ModelError for names that are no module's."""
     ldm = family.ldm_names if ldm is None else ldm
-    return {new: lora.factors[name] for name, new in renames(lora, family, ldm=ldm).items()}
+    return {written(new, family): lora.factors[name] for name, new in renames(lora, family, ldm=ldm).items()}
+
+
+def written(name: str, family: Family) -> str:
+    """A name in kohya's form, as files for `family` have it."""
+    return native_name(name) if any(text.native for text in family.text) else name
 
 
 def renames(lora: Lora, family: Family, *, ldm: bool) -> dict[str, str]:

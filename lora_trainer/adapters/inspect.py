@@ -37,7 +37,7 @@ _TRAINING = {
 
 
 # The width of the text embeddings tells a family where the file names none.
-_FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}
+_FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 1280: "SDXL refiner", 2048: "SDXL"}
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lora_trainer.adapters import peft_files
 from lora_trainer.adapters.metadata import CONFIG
-from lora_trainer.adapters.naming import TEXT_PREFIX, UNET_PREFIX, Weights, kohya_name
+from lora_trainer.adapters.naming import TEXT_PREFIX, UNET_PREFIX, Weights, from_native, kohya_name
 from lora_trainer.adapters.parsing import weights_of
 from lora_trainer.errors import ModelError, shown
 from lora_trainer.models.checkpoint import read_header, stored_tensors
@@ -69,7 +69,7 @@ def read_adapter(path: Path) -> Lora:
     header = read_header(path)
     keys = [key for key in header if key != "__metadata__"]
     renamed = peft_files.as_diffusers(path, keys)
-    names = {key: renamed.get(key, key) for key in keys}
+    names = {key: renamed.get(key, from_native(key)) for key in keys}
     prefixes = _prefixes(names.values())
     places = {key: _place(name, prefixes) for key, name in names.items()}
     strange = [key for key, place in places.items() if place is None]
@@ -89,7 +89,7 @@ def read_adapter(path: Path) -> Lora:
     factors = {name: weights_of(path, name, parts, alphas.get(name)) for name, parts in modules.items()}
     precision = next(header[key]["dtype"] for key in keys if not key.endswith(("alpha", "dora_scale")))
     own = {name: parts["alpha"] for name, parts in modules.items() if "alpha" in parts}
-    form = "peft" if renamed else "kohya" if any(map(_KOHYA.fullmatch, keys)) else "diffusers"
+    form = "peft" if renamed else "kohya" if any(map(_KOHYA.fullmatch, names.values())) else "diffusers"
     return Lora(path, factors, metadata, precision, own, form)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,6 +12,10 @@ from torch import Tensor
 
 UNET_PREFIX = "lora_unet"
 TEXT_PREFIX = "lora_te"
+# What a layer's parts are called in transformers and in OpenCLIP.
+_PARTS = {"self_attn": "attn", "mlp_fc1": "mlp_c_fc", "mlp_fc2": "mlp_c_proj"}
+_KOHYAS = re.compile(rf"{TEXT_PREFIX}2_text_model_encoder_layers_(\d+)_({'|'.join(_PARTS)})(?=[_.]|$)")
+_NATIVE = re.compile(rf"0_model_transformer_resblocks_(\d+)_({'|'.join(_PARTS.values())})(?=[_.]|$)")
 
 
 class Weights(Protocol):
@@ -97,6 +102,19 @@ def kohya_name(prefix: str, module_name: str) -> str:
 def text_name(module_name: str) -> str:
     """A text encoder module's name in files: transformers 5 dropped CLIP's `text_model` level, files keep it."""
     return module_name if module_name.startswith("text_model.") else f"text_model.{module_name}"
+
+
+def native_name(name: str) -> str:
+    """kohya's name of a module or tensor of SDXL's second text encoder, as the WebUI itself calls it where that is the
+    only one (a refiner's): kohya has no name for that, and the WebUI's loader finds no other
+    (`assign_network_names_to_compvis_modules` in its Lora extension). Other names stay as they are."""
+    return _KOHYAS.sub(lambda found: f"0_model_transformer_resblocks_{found[1]}_{_PARTS[found[2]]}", name)
+
+
+def from_native(name: str) -> str:
+    """kohya's name of what the WebUI calls `name`: the inverse of `native_name`."""
+    theirs = {native: kohya for kohya, native in _PARTS.items()}
+    return _NATIVE.sub(lambda found: f"{TEXT_PREFIX}2_text_model_encoder_layers_{found[1]}_{theirs[found[2]]}", name)
 
 
 def to_kohya(prefix: str, factors: Mapping[str, Weights]) -> dict[str, Tensor]:

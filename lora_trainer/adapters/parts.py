@@ -10,7 +10,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from lora_trainer.adapters.naming import UNET_PREFIX, Factors, Weights, kohya_name, to_kohya
+from lora_trainer.adapters.naming import UNET_PREFIX, Factors, Weights, kohya_name, native_name, to_kohya
 from lora_trainer.models.families import Family
 from lora_trainer.models.model import Model
 from lora_trainer.models.unet_names import to_ldm
@@ -23,7 +23,8 @@ class Part:
     """One network: `prefix` begins its modules' names in files, `named` makes the rest of a module's name; `ldm` makes
     LDM's, which others' files may have in any family.
 
-    `packed`: its attention is one tensor in the host, which applies a LoRA of it whole or not at all.
+    `native` has the last word on the whole name. `packed`: its attention is one tensor in the host, which applies a
+    LoRA of it whole or not at all.
     """
 
     module: nn.Module
@@ -31,16 +32,18 @@ class Part:
     named: Callable[[str], str] = str
     packed: bool = False
     ldm: Callable[[str], str] = str
+    native: Callable[[str], str] = str
 
     def in_files(self, factors: Mapping[str, Weights]) -> dict[str, Weights]:
         """`factors` (by module name) by the names that kohya's form gives them, and what else the WebUI needs."""
         whole = whole_attention(factors) if self.packed else factors
-        return {kohya_name(self.prefix, self.named(name)): f for name, f in whole.items()}
+        return {self.native(kohya_name(self.prefix, self.named(name))): f for name, f in whole.items()}
 
     def to_kohya(self, factors: Mapping[str, Weights]) -> dict[str, Tensor]:
         """The tensors of `factors` (by module name) as the WebUI reads them."""
         whole = whole_attention(factors) if self.packed else factors
-        return to_kohya(self.prefix, {self.named(name): f for name, f in whole.items()})
+        tensors = to_kohya(self.prefix, {self.named(name): f for name, f in whole.items()})
+        return {self.native(name): tensor for name, tensor in tensors.items()}
 
 
 def parts_of(model: Model) -> dict[str, Part]:
@@ -53,7 +56,8 @@ def parts(family: Family, unet: UNet2DConditionModel, encoders: Mapping[str, nn.
     ldm = ldm_names(unet)
     found = {"unet": Part(unet, UNET_PREFIX, ldm if family.ldm_names else str, ldm=ldm)}
     for (network, module), text in zip(encoders.items(), family.text, strict=True):
-        found[network] = Part(module, text.lora, packed=text.form == "open_clip")
+        native = native_name if text.native else str
+        found[network] = Part(module, text.lora, packed=text.form == "open_clip", native=native)
     return found
 
 

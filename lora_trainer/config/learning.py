@@ -144,7 +144,18 @@ class Learning(Modes, frozen=True, kw_only=True, forbid_unknown_fields=True):
     logit_mean: Annotated[float, about(OBJECTIVE, "The middle of logit_normal: above 0 noisier.", ge=-10, le=10)] = 0.0
     logit_std: Annotated[float, about(OBJECTIVE, "The width of logit_normal.", gt=0, le=10)] = 1.0
     min_timestep: Annotated[int, about(OBJECTIVE, "The least noisy timestep that is trained.", ge=0, le=999)] = 0
-    max_timestep: Annotated[int, about(OBJECTIVE, "Training stays below this timestep, of 1000.", ge=1, le=1000)] = 1000
+    max_timestep: (
+        Annotated[
+            int,
+            about(
+                OBJECTIVE,
+                "Training stays below this timestep, of 1000; the model's own when left out: 200 for the SDXL refiner.",
+                ge=1,
+                le=1000,
+            ),
+        ]
+        | None
+    ) = None
     zero_terminal_snr: Annotated[
         bool, about(OBJECTIVE, "For a v-prediction model: the last timestep is nothing but noise.")
     ] = False

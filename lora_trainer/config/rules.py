@@ -84,7 +84,7 @@ def _objective(config: Config) -> Iterator[str]:
         yield f"{weights[1]}: expected one way to weigh timesteps, found {' and '.join(weights)}"
     if config.adaptive_noise_scale and not config.noise_offset:
         yield "adaptive_noise_scale: expected noise_offset beside it, found 0"
-    if config.min_timestep >= config.max_timestep:
+    if config.max_timestep is not None and config.min_timestep >= config.max_timestep:
         yield f"min_timestep: expected less than max_timestep ({config.max_timestep}), found {config.min_timestep}"
 
 

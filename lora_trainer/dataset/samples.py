@@ -20,11 +20,11 @@ Text = Mapping[str, Tensor]
 @dataclass(frozen=True)
 class Sample:
     """One image at one size, ready, on the CPU: the latents of its views, [views, 4, h, w] float32, the plainest first;
-    what SDXL is told of each, [views, 6] int64 (`crops.View.sizes`); and its caption as written. `tokens`: what its
-    captions are filled up to. `mask`: how much each part of the latents counts, [views, h, w] float32, in a run with
-    masks. `shown`: what an inpainting model is shown beside the noisy latents, [views, holes, 5, h, w] float32.
-    `original`: the latents of the picture before the change, as `latents`. `directions`: of a slider's picture the
-    prompts `positive` and `negative`, each as long as `text`."""
+    what the UNet is told of each, [views, 6] (`crops.View.sizes`) or as its family has it; and its caption as written.
+    `tokens`: what its captions are filled up to. `mask`: how much each part of the latents counts, [views, h, w]
+    float32, in a run with masks. `shown`: what an inpainting model is shown beside the noisy latents, [views, holes, 5,
+    h, w] float32. `original`: the latents of the picture before the change, as `latents`. `directions`: of a slider's
+    picture the prompts `positive` and `negative`, each as long as `text`."""
 
     item: Item
     bucket: Bucket
@@ -38,7 +38,7 @@ class Sample:
     directions: Mapping[str, Text] = field(default_factory=dict)
 
     def view(self, choices: Choices) -> dict[str, Tensor]:
-        """`latents` [4, h, w] and `sizes` [6] of one visit; with masks, `mask` [1, h, w]; `shown` [5, h, w]; and of a
+        """`latents` [4, h, w] and `sizes` of one visit; with masks, `mask` [1, h, w]; `shown` [5, h, w]; and of a
         pair `original` [4, h, w]."""
         at = choices.one_of(len(self.latents))
         seen = {"latents": self.latents[at], "sizes": self.sizes[at]}

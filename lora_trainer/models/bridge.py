@@ -100,11 +100,15 @@ def unet_config(part: State, *, num_heads: int | None = None, head_channels: int
     layers = downs[0] - 1 if downs else numbers[-1]
     firsts = [1] + [n + 1 for n in downs]
     channels = [part[f"input_blocks.{n}.0.in_layers.2.weight"].shape[0] for n in firsts]
-    depths = [_depth(part, f"input_blocks.{n}.1") for n in firsts]
-    attends = [depth > 0 for depth in depths]
+    depths = [_depths(part, "input_blocks", n, layers) for n in firsts]
+    # The up side has one more a level, and begins with the last.
+    ups = [_depths(part, "output_blocks", level * (layers + 1), layers + 1) for level in range(len(firsts))]
+    mirrored = [depth for depth in depths if depth] == [depth for depth in reversed(ups) if depth]
+    attends = [depth != 0 for depth in depths]
     first = f"input_blocks.{firsts[attends.index(True)]}.1"
     # diffusers takes the middle block's depth from the last level.
-    depths[-1] = depths[-1] or _depth(part, "middle_block.1")
+    middle = _depth(part, "middle_block.1")
+    depths[-1] = depths[-1] or middle
     config = {
         "in_channels": part["input_blocks.0.0.weight"].shape[1],
         "out_channels": part["out.2.weight"].shape[0],
@@ -118,12 +122,22 @@ def unet_config(part: State, *, num_heads: int | None = None, head_channels: int
         "use_linear_projection": part[f"{first}.proj_in.weight"].dim() == 2,
         "transformer_layers_per_block": tuple(depth or 1 for depth in depths),
     }
+    if not mirrored:
+        config["reverse_transformer_layers_per_block"] = tuple(depth or 1 for depth in ups)
+    if not middle:
+        config["mid_block_type"] = "UNetMidBlock2D"
     if "label_emb.0.0.weight" in part:
         # SDXL's: the pooled embedding and the sizes, each as 256 numbers.
         config["addition_embed_type"] = "text_time"
         config["addition_time_embed_dim"] = 256
         config["projection_class_embeddings_input_dim"] = part["label_emb.0.0.weight"].shape[1]
     return config
+
+
+def _depths(part: State, side: str, first: int, count: int) -> int | tuple[int, ...]:
+    """How many transformer blocks are in each of `count` blocks of `side`; one number where they are alike."""
+    found = tuple(_depth(part, f"{side}.{number}.1") for number in range(first, first + count))
+    return found[0] if len(set(found)) == 1 else found
 
 
 def _depth(part: State, block: str) -> int:

@@ -5,11 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
+from torch import Tensor
+
 from lora_trainer.errors import ModelError
 from lora_trainer.models.checkpoint import Shapes
 from lora_trainer.models.noise import Prediction
 
-SUPPORTED = "Stable Diffusion 1.x, 2.x or SDXL (.safetensors or .ckpt in the WebUI's single-file form)"
+SUPPORTED = (
+    "Stable Diffusion 1.x, 2.x, SDXL, its refiner or SSD-1B (.safetensors or .ckpt in the WebUI's single-file form)"
+)
 
 _UNET = "model.diffusion_model."
 _CONV_IN = _UNET + "input_blocks.0.0.weight"
@@ -23,7 +28,9 @@ class TextPart:
 
     `prefix` begins its tensors' names in a checkpoint, whose `form` is transformers' or OpenCLIP's; `lora` its modules'
     names in a LoRA. What it says is the output of `layer`, counted from the last, after the final norm if `normed`. The
-    token `pad` fills a chunk up (None: end-of-text). `pooled`: it also says one vector for the whole caption.
+    token `pad` fills a chunk up (None: end-of-text). `pooled`: it also says one vector for the whole caption. `network`
+    is diffusers' name of it; `native`: LoRA files call its modules by the WebUI's own names, the only ones that it
+    finds.
     """
 
     prefix: str
@@ -33,6 +40,8 @@ class TextPart:
     normed: bool = True
     pad: int | None = None
     pooled: bool = False
+    network: str = "text_encoder"
+    native: bool = False
 
     @property
     def embedding(self) -> str:
@@ -48,7 +57,8 @@ class Family:
     modules by CompVis' names instead of diffusers'; `attends`: which levels of its UNet's up side have attention.
     `clip_skip`: the user may choose the layer of the text encoder.
     `probed`: its files do not say what the UNet predicts, which is tested. `heavy_text`: too large to be kept in fp32
-    for a few captions.
+    for a few captions. `max_timestep`: it was trained below that timestep alone. `scores`: the UNet is told how
+    beautiful a picture is, with a prompt and with a negative one, in place of the target size.
     """
 
     name: str
@@ -68,6 +78,27 @@ class Family:
     linear_start: float = 0.00085
     linear_end: float = 0.012
     timesteps: int = 1000
+    max_timestep: int | None = None
+    scores: tuple[float, float] | None = None
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What the user should know of a model of this family."""
+        if self.scores is None:
+            return ()
+        return (
+            f"base model: {self.name}: it knows the {self.max_timestep} least noisy timesteps alone, so those are "
+            "trained unless max_timestep says otherwise; all pictures are said to have the aesthetic score "
+            f"{self.scores[0]:g}",
+        )
+
+    def told(self, sizes: Tensor, *, negative: bool = False) -> Tensor:
+        """What the UNet is told of pictures of these `sizes` [B, 6] (`crops.View.sizes`), float32: [B, 6], or [B, 5]
+        with a score."""
+        if self.scores is None:
+            return sizes.float()
+        score = torch.full_like(sizes[:, :1], self.scores[negative], dtype=torch.float32)
+        return torch.cat([sizes[:, :4].float(), score], dim=1)
 
 
 SD1 = Family(
@@ -94,6 +125,16 @@ SD2 = Family(
 )
 SD2_V = replace(SD2, base_version="sd_v2_v", architecture="stable-diffusion-v2-768-v", resolution=768, prediction="v")
 # Podell et al. 2023, arXiv:2307.01952.
+_BIG_G = TextPart(
+    prefix="conditioner.embedders.1.model.",
+    lora="lora_te2",
+    form="open_clip",
+    layer=2,
+    normed=False,
+    pad=0,
+    pooled=True,
+    network="text_encoder_2",
+)
 SDXL = Family(
     name="SDXL",
     base_version="sdxl_base_v1-0",
@@ -103,20 +144,33 @@ SDXL = Family(
     prediction="epsilon",
     text=(
         TextPart("conditioner.embedders.0.transformer.", "lora_te1", layer=2, normed=False),
-        TextPart("conditioner.embedders.1.model.", "lora_te2", "open_clip", layer=2, normed=False, pad=0, pooled=True),
+        _BIG_G,
     ),
     head_channels=64,
     ldm_names=True,
     attends=(True, True, False),
     heavy_text=True,
 )
-FAMILIES = (SDXL, SD2, SD1)
+# SDXL with blocks cut out, all of its middle's attention among them (Gupta et al. 2024, arXiv:2401.02677).
+SSD = replace(SDXL, name="SSD-1B or Segmind Vega")
+# Trained on the 200 least noisy timesteps (arXiv:2307.01952, section 2.5); the scores are those with which Stability's
+# code, diffusers and the WebUI draw.
+REFINER = replace(
+    SDXL,
+    name="SDXL refiner",
+    base_version="sdxl_refiner_v1-0",
+    architecture="stable-diffusion-xl-v1-refiner",
+    text=(replace(_BIG_G, prefix="conditioner.embedders.0.model.", native=True),),
+    attends=(False, True, True, False),
+    max_timestep=200,
+    scores=(6.0, 2.5),
+)
+FAMILIES = (SDXL, REFINER, SD2, SD1)
 
 # The first key that is there names what the file is instead; networks alone come without the checkpoint's prefix.
 _OTHERS = {
     "edm_mean": "a checkpoint of the EDM form (Playground v2.5)",
     "edm_vpred.sigma_max": "a checkpoint of the EDM form (CosXL)",
-    "conditioner.embedders.0.model.token_embedding.weight": "an SDXL refiner checkpoint",
     "cond_stage_model.roberta.embeddings.word_embeddings.weight": "an AltDiffusion checkpoint",
     "embedder.model.token_embedding.weight": "an unCLIP checkpoint",
     "embedder.model.visual.conv1.weight": "an unCLIP checkpoint",
@@ -142,7 +196,9 @@ _NF4 = (".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4", ".we
 # The number of channels a UNet takes: the noisy latents alone, or with mask and latents of what it leaves (inpainting).
 _TRAINED = (4, 9)
 _SHOWN_MORE = {8: "an editing checkpoint", 5: "a depth checkpoint", 7: "an upscaler"}
-_MIDDLE = _UNET + "middle_block.1.transformer_blocks.0.attn1.to_q.weight"
+# The middle's first resnet, which all have but KOALA-700M, and its attention.
+_MIDDLE = _UNET + "middle_block.0.in_layers.2.weight"
+_MIDDLE_ATTENTION = _UNET + "middle_block.1.transformer_blocks.0.attn1.to_q.weight"
 
 
 def detect(shapes: Shapes, name: str) -> Family:
@@ -175,9 +231,9 @@ def detect(shapes: Shapes, name: str) -> Family:
         what = _SHOWN_MORE.get(channels, "of a kind that is not known here")
         raise ModelError(f"{name}: the UNet takes {channels} channels ({what}); expected 4, or 9 for inpainting")
     if family is SDXL and not shapes.get(_MIDDLE):
-        raise ModelError(
-            f"{name}: this is an SDXL without the attention in its middle (SSD-1B, Segmind Vega); expected {SUPPORTED}"
-        )
+        raise ModelError(f"{name}: this is an SDXL without its middle (KOALA-700M); expected {SUPPORTED}")
+    if family is SDXL and not shapes.get(_MIDDLE_ATTENTION):
+        return SSD
     if family is SD2 and shapes.get(_UNET + "label_emb.0.0.weight"):
         raise ModelError(f"{name}: this is an unCLIP checkpoint; expected {SUPPORTED}")
     return family

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -13,14 +13,21 @@ Prediction = Literal["epsilon", "v"]
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """`alphas_cumprod`: [T] float32, the share of signal power left at each timestep."""
+    """`alphas_cumprod`: [T] float32, the share of signal power left at each timestep. The model was trained on those
+    below `limit`, where it is not on all."""
 
     alphas_cumprod: Tensor
     prediction: Prediction
+    limit: int | None = None
 
     @property
     def timesteps(self) -> int:
         return self.alphas_cumprod.numel()
+
+    @property
+    def trained(self) -> int:
+        """How many of them, from the least noisy on, the model was trained on."""
+        return self.timesteps if self.limit is None else min(self.limit, self.timesteps)
 
     @property
     def snr(self) -> Tensor:
@@ -33,10 +40,10 @@ class NoiseSchedule:
         signal = self.alphas_cumprod.double().sqrt()
         first, last = signal[0], signal[-1]
         rescaled = (signal - last) * first / (first - last)
-        return NoiseSchedule(rescaled.square().to(self.alphas_cumprod.dtype), self.prediction)
+        return replace(self, alphas_cumprod=rescaled.square().to(self.alphas_cumprod.dtype))
 
     def to(self, device: torch.device) -> NoiseSchedule:
-        return NoiseSchedule(self.alphas_cumprod.to(device), self.prediction)
+        return replace(self, alphas_cumprod=self.alphas_cumprod.to(device))
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise, for latents [B, C, H, W] and timesteps [B]."""

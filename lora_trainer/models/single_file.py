@@ -74,7 +74,8 @@ def model_of(
             "base model: neither a YAML beside it nor the file says what it predicts; by a test of its UNet, as the "
             f"WebUI does it, that is {'v' if config.parameterization == 'v' else 'noise'}"
         )
-    noise = schedule(state, family, config)
+    noise = replace(schedule(state, family, config), limit=family.max_timestep)
+    told += family.notices
     return Model(
         unet=unet,
         text=TextEncoder(bundled(), encoders_of(state, family, clip_skip, folder=config.text_folder)),
@@ -130,7 +131,8 @@ def encoders_of(
             view = text_view(state, prefix=part.prefix, config_folder=folder, config=config)
         else:
             view = open_clip_view(state, prefix=part.prefix, projection=part.pooled)
-        encoders.append(ClipEncoder(view, clip_skip or part.layer, part.normed, part.pad, part.pooled))
+        heard = clip_skip or part.layer
+        encoders.append(ClipEncoder(view, heard, part.normed, part.pad, part.pooled, part.network))
     return tuple(encoders)
 
 

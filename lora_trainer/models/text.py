@@ -61,7 +61,7 @@ class ClipEncoder:
 
     `clip_skip` 1 takes the last layer's, 2 that of the layer before, after the final norm if `normed`. The token `pad`
     fills chunks up behind the end of the text; None leaves end-of-text there. With `pooled` it has a second voice: the
-    last layer's output at the end of the text, normed and projected.
+    last layer's output at the end of the text, normed and projected. `network` is diffusers' name of it.
     """
 
     module: CLIPTextModel | CLIPTextModelWithProjection
@@ -69,6 +69,7 @@ class ClipEncoder:
     normed: bool = True
     pad: int | None = None
     pooled: bool = False
+    network: str = NETWORKS[0]
 
     def __call__(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
         """[chunks, 77] token ids to [chunks, 77, width], and to [chunks, projection] where it is `pooled`."""
@@ -123,7 +124,7 @@ class TextEncoder:
     @property
     def networks(self) -> dict[str, ClipEncoder]:
         """The encoders by diffusers' names of them."""
-        return dict(zip(NETWORKS, self.encoders, strict=False))
+        return {encoder.network: encoder for encoder in self.encoders}
 
     @property
     def modules(self) -> list[nn.Module]:

@@ -10,7 +10,7 @@ from lora_trainer.events import EventSink
 
 # `adapters` knows these too; it needs torch, which a command line must not wait for.
 FORMS = ("kohya", "ldm", "diffusers", "peft")
-FAMILIES = ("sd1", "sd2", "sdxl")
+FAMILIES = ("sd1", "sd2", "sdxl", "sdxl-refiner")
 METHODS = ("sv_ratio", "sv_fro", "sv_cumulative")
 PRECISIONS = ("fp16", "bf16", "fp32")
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lora_trainer.adapters import peft_files
-from lora_trainer.adapters.forms import places, renames, told_family
+from lora_trainer.adapters.forms import places, renames, told_family, written
 from lora_trainer.adapters.load import Lora, adapter_metadata, configured_alphas, read_lora
 from lora_trainer.adapters.metadata import ALPHAS, CONFIG, derived
 from lora_trainer.adapters.naming import Factors, to_diffusers
@@ -75,7 +75,7 @@ def convert(source: Path, target: Path, form: str, *, family: str | None = None,
             publish(peft_files.config(factors), folder / peft_files.CONFIG)
         return told
     ldm = form == "ldm" or found.family.ldm_names
-    names = renames(found.lora, found.family, ldm=ldm)
+    names = {old: written(new, found.family) for old, new in renames(found.lora, found.family, ldm=ldm).items()}
     factors = {new: found.lora.factors[name] for name, new in names.items()}
     alphas = {names[name]: alpha for name, alpha in found.alphas.items()}
     publish(assemble(kohya_tensors(factors, alphas), metadata), target)

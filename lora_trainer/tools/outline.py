@@ -16,7 +16,6 @@ from lora_trainer.models import open_clip
 from lora_trainer.models.bridge import open_clip_view, text_view, unet_view
 from lora_trainer.models.checkpoint import PICKLE_SUFFIXES, Shapes, read_shapes
 from lora_trainer.models.families import Family, detect
-from lora_trainer.models.text import NETWORKS
 from lora_trainer.models.unet_names import LDM_PREFIX, to_diffusers
 
 _WEIGHT = ".weight"
@@ -39,13 +38,13 @@ class Outline:
                 layers = self.parts["unet"].module.config.layers_per_block
                 yield "unet", to_diffusers(key[len(LDM_PREFIX) :], layers).removesuffix(_WEIGHT), tensor
             return
-        for network, text in zip(NETWORKS, self.family.text, strict=False):
+        for text in self.family.text:
             if key.startswith(text.prefix):
                 part = {key[len(text.prefix) :]: tensor}
                 views = part if text.form == "clip" else open_clip.to_transformers(part, projection=False)
                 for name, view in views.items():
                     if name.endswith(_WEIGHT):
-                        yield network, text_name(name.removesuffix(_WEIGHT)), view
+                        yield text.network, text_name(name.removesuffix(_WEIGHT)), view
 
     def names(self, network: str, module: str) -> set[str]:
         """What LoRA files may call a module."""
@@ -71,10 +70,10 @@ def outline(path: Path) -> Outline:
 def _parts(family: Family, state: Mapping[str, Tensor]) -> dict[str, Part]:
     """Views of tensors without numbers. Raises ModelError, and others for what is no whole model."""
     encoders = {
-        network: text_view(state, prefix=text.prefix)
+        text.network: text_view(state, prefix=text.prefix)
         if text.form == "clip"
         else open_clip_view(state, prefix=text.prefix, projection=text.pooled)
-        for network, text in zip(NETWORKS, family.text, strict=False)
+        for text in family.text
     }
     unet = unet_view(state, num_heads=family.num_heads, head_channels=family.head_channels)
     return parts(family, unet, encoders)

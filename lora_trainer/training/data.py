@@ -134,16 +134,27 @@ def load(
         )
     kept = kept or (Encoded(), Encoded())
     encoders = _encoders(config, model)
+    told = model.facts.family.told
     if any(map(sliders.is_drawn, items.train)):
         parts = zip((items.train, items.held_out), kept, strict=True)
         made = [sliders.draw(part, config, model, sink=sink, kept=each) if part else None for part, each in parts]
-        return _taught(TrainingData(*made), config, encoders)
-    data = _taught(_encoded(items, config, model, encoders, sink=sink, kept=kept), config, encoders)
+        return _taught(_told(TrainingData(*made), told), config, encoders)
+    data = _told(_encoded(items, config, model, encoders, sink=sink, kept=kept), told)
+    data = _taught(data, config, encoders)
     views = sum(len(sample.latents) for sample in data.train.trained)
     if views > data.train.images:
         seen = f"seen {len(data.train.trained)} times an epoch, as {views} sizes, parts and mirrorings"
         sink(Notice(text=f"pictures: {data.train.images}, {seen}"))
     return data
+
+
+def _told(data: TrainingData, told: Callable[[Tensor], Tensor]) -> TrainingData:
+    """With what the model is told of each picture's sizes."""
+
+    def tell(prepared: Prepared) -> Prepared:
+        return replace(prepared, samples=tuple(replace(s, sizes=told(s.sizes)) for s in prepared.samples))
+
+    return TrainingData(tell(data.train), data.held_out and tell(data.held_out))
 
 
 def _taught(data: TrainingData, config: Config, encoders: Encoders) -> TrainingData:

@@ -52,7 +52,7 @@ class Feed:
             config.seed,
             model.noise.timesteps,
             parts,
-            Noising.of(config),
+            Noising.of(config, model.noise),
         )
 
     @property

@@ -57,7 +57,7 @@ class Start:
             return {}
         ours = model.facts.family
         lora, theirs = numbered(self.lora, ours), family_of(self.lora)
-        if theirs is not None and theirs.name != ours.name:
+        if theirs is not None and theirs.text != ours.text:
             raise ModelError(f"initial_lora: {lora.path} is a LoRA for {theirs.name}; this run trains {ours.name}")
         parts, targets = parts_of(model), targeted(config, model)
         placed: dict[str, dict[str, tuple[Factors, Size]]] = {}

@@ -59,7 +59,7 @@ def features(network: Network, latents: Tensor, noise: Tensor, told: Mapping[str
 
     hooks = [block.register_forward_hook(keep) for block in (*network.unet.down_blocks, network.unet.mid_block)]
     try:
-        t = int(SEEN_AT * network.noise.timesteps)
+        t = int(SEEN_AT * network.noise.trained)
         times = torch.full((len(latents),), t, device=latents.device)
         answer(network, network.noise.add_noise(latents, noise, times), t, told)
     finally:

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lora_trainer.config import Config
+from lora_trainer.errors import ConfigError
+from lora_trainer.models.noise import NoiseSchedule
 from lora_trainer.training import randomness
 
 # Of a law on 0 … 1.
@@ -66,7 +68,9 @@ class Noising:
     perturbation: float = 0.0
 
     @classmethod
-    def of(cls, config: Config) -> Noising:
+    def of(cls, config: Config, schedule: NoiseSchedule) -> Noising:
+        """Raises ConfigError where no timestep of the model is left."""
+        low, high = timesteps_of(config, schedule)
         laws: dict[str, Quantile | None] = {
             "uniform": None,
             "logit_normal": partial(logit_normal, mean=config.logit_mean, std=config.logit_std),
@@ -74,8 +78,8 @@ class Noising:
         }
         return cls(
             quantile=laws[config.timestep_sampling],
-            low=config.min_timestep,
-            high=config.max_timestep,
+            low=low,
+            high=high,
             offset=config.noise_offset,
             adaptive=config.adaptive_noise_scale,
             iterations=config.multires_noise_iterations,
@@ -110,3 +114,11 @@ class Noising:
 
 
 PLAIN = Noising()
+
+
+def timesteps_of(config: Config, schedule: NoiseSchedule) -> tuple[int, int]:
+    """The first that is trained, and the one before which that ends. Raises ConfigError."""
+    low, high = config.min_timestep, config.max_timestep or schedule.trained
+    if low >= high:
+        raise ConfigError([f"min_timestep: expected less than {high}, the end of what the model knows, found {low}"])
+    return low, high

@@ -28,6 +28,7 @@ from lora_trainer.sampling import Recipe, generate
 from lora_trainer.training import randomness
 from lora_trainer.training.described import kohya_settings
 from lora_trainer.training.initial import NOTHING, Start
+from lora_trainer.training.noising import timesteps_of
 from lora_trainer.training.rescue import rescued
 from lora_trainer.training.segment import Segment, State
 
@@ -190,7 +191,7 @@ class Output:
             epoch=-(-progress.step // progress.steps_per_epoch),
             trigger_words=trigger_words_of(self.config),
             config_json=to_header(self.config),
-            timesteps=(self.config.min_timestep, self.config.max_timestep),
+            timesteps=timesteps_of(self.config, model.noise),
             initial=self.start.origin,
             settings=kohya_settings(self.config) | {"clip_skip": skip if skip > 1 else None},
         )

@@ -40,7 +40,8 @@ class Batch:
     t: [B] int64; weight: [B] float32, summing to 1 over an update (0 for padding);
     mask_keys: [B, 2] int32. The captions: context [B, 77 n, width], or, to be encoded in the step, their token ids
     [B, n, 77] int64, with their emphasis of that shape where they have it. SDXL's: pooled [B, width], and sizes [B, 6]
-    with original (height, width), crop (top, left) and target (height, width) in pixels. mask [B, 1, h, w] float32, how
+    with original (height, width), crop (top, left) and target (height, width) in pixels, or what its relatives are told
+    instead (`Family.told`). mask [B, 1, h, w] float32, how
     much each part of the loss counts, in a run with masks. shown [B, 5, h, w] float32: an inpainting model's masks and
     the latents of what they leave. preserved: with output preservation, the captions without trigger words, under the
     same names and in the same shapes; positive and negative: likewise a slider's prompts. original [B, 4, h, w]
@@ -131,7 +132,7 @@ def directions(samples: Sequence[Sample]) -> dict[str, dict[str, Tensor]]:
 
 
 def with_sizes(texts: dict[str, Tensor], sizes: Tensor) -> dict[str, Tensor]:
-    """Captions with `sizes` [B, 6] in float32, of which the families are told that have a pooled embedding."""
+    """Captions with `sizes` [B, n] in float32, of which the families are told that have a pooled embedding."""
     return {**texts, "sizes": sizes.float()}
 
 

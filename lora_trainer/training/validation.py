@@ -20,8 +20,8 @@ _ROWS = (0, 4, 2, 6, 1, 5, 3, 7)
 
 @dataclass(frozen=True)
 class Validator:
-    """Mean loss over pairs of a sample and one of TIMESTEPS evenly spaced timesteps, the same at every call: all pairs,
-    or `most` of them, spread evenly over pictures and timesteps."""
+    """Mean loss over pairs of a sample and one of TIMESTEPS evenly spaced timesteps that the model knows, the same at
+    every call: all pairs, or `most` of them, spread evenly over pictures and timesteps."""
 
     samples: Sequence[Sample]
     batch_size: int = 16
@@ -38,7 +38,7 @@ class Validator:
         device = network.noise.alphas_cumprod.device
         total = torch.zeros((), dtype=torch.float64, device=device)
         with torch.no_grad():
-            for batch in self.batches(network.noise.timesteps):
+            for batch in self.batches(network.noise.trained):
                 static = batch.like(device)
                 static.copy_(batch)
                 total += network.judged(static).double().sum()

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from benchmarks.ldm import open_clip_state
 from tests.ldm import SD15_UNET, unet_state
 from tests.tiny import WIDTH, tiny_state
-from tests.tiny_sdxl import tiny_sdxl_state
+from tests.tiny_sdxl import tiny_relative_state, tiny_sdxl_state
 
 UNET = {**SD15_UNET, "block_out_channels": (32, 32, 64, 64), "cross_attention_dim": WIDTH}
 
@@ -32,10 +32,13 @@ def write_checkpoints(folder: Path) -> Path:
 
 
 def write_families(folder: Path) -> Path:
-    """`folder` with tiny.safetensors, xl.safetensors of SDXL's form and two.safetensors of Stable Diffusion 2's."""
+    """`folder` with tiny.safetensors, xl.safetensors of SDXL's form, ssd.safetensors and refiner.safetensors of its
+    relatives', and two.safetensors of Stable Diffusion 2's."""
     write_checkpoints(folder)
     (folder / "other.safetensors").unlink()
     save_file(tiny_sdxl_state(), folder / "xl.safetensors")
+    for name in ("ssd", "refiner"):
+        save_file(tiny_relative_state(name), folder / f"{name}.safetensors")
     generator = torch.Generator().manual_seed(0)
 
     def fill(shape, dtype=torch.float32):

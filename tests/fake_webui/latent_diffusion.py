@@ -41,16 +41,21 @@ class LatentDiffusion(Diffusion):
 
 
 class DiffusionEngine(Diffusion):
-    """SDXL's."""
+    """SDXL's, and its refiner's with the second text encoder alone."""
 
     scale_factor = 0.13025
 
     def __init__(self, state: dict[str, Tensor]) -> None:
         super().__init__(state)
+        alone = part(state, f"{CONDITIONER}0.model.")
+        texts = [FrozenOpenCLIPEmbedder2(alone)] if alone else self.two(state)
+        self.conditioner = GeneralConditioner([*texts, Sizes()]).requires_grad_(False)
+
+    @staticmethod
+    def two(state: dict[str, Tensor]) -> list[nn.Module]:
         first = FrozenCLIPEmbedder(part(state, f"{CONDITIONER}0.transformer."))
         first.layer, first.layer_idx = "hidden", first.transformer.config.num_hidden_layers - 1
-        embedders = [first, FrozenOpenCLIPEmbedder2(part(state, f"{CONDITIONER}1.model.")), Sizes()]
-        self.conditioner = GeneralConditioner(embedders).requires_grad_(False)
+        return [first, FrozenOpenCLIPEmbedder2(part(state, f"{CONDITIONER}1.model."))]
 
 
 class GeneralConditioner(nn.Module):

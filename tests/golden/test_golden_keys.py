@@ -1,6 +1,9 @@
-"""Full-size Stable Diffusion 1.5 and SDXL: our names and shapes are those that kohya's own code gives (rank 8).
+"""Full-size Stable Diffusion 1.5, SDXL and its relatives: our names and shapes are those that kohya's own code gives
+(rank 8).
 
-The lists were recorded from sd-scripts' networks/lora.py over its own UNets and transformers' CLIP.
+The lists were recorded from sd-scripts' networks/lora.py over its own UNets and transformers' CLIP. It knows none of
+SDXL's relatives: theirs are of the modules that the WebUI loads (generative-models' UNet, cut as the WebUI cuts it, and
+OpenCLIP), chosen by the same rules, which gave SDXL's two lists line by line.
 """
 
 from __future__ import annotations
@@ -16,7 +19,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from benchmarks.models import UNETS
 from lora_trainer.adapters.inject import Size, inject
 from lora_trainer.adapters.naming import TEXT_PREFIX, UNET_PREFIX, Factors, to_kohya
+from lora_trainer.adapters.parts import parts
 from lora_trainer.adapters.targets import select, select_text
+from lora_trainer.models.families import REFINER
 from lora_trainer.models.text import ClipEncoder
 from lora_trainer.models.unet_names import to_ldm
 from tests.ldm import SD15_UNET
@@ -99,6 +104,39 @@ def test_sdxls_unet_has_ldm_names(sets, count):
     attends = ["CrossAttn" in kind for kind in UNETS["sdxl"]["up_block_types"]]
     factors = {to_ldm(name, 2, attends): shapes_of(unet.get_submodule(name)) for name in select(unet, sets)}
     assert described(UNET_PREFIX, factors) == golden(f"sdxl_unet_{count}.txt")
+
+
+@pytest.mark.parametrize(
+    ("name", "attention", "all_of_them"), [("ssd", 360, 423), ("vega", 170, 233), ("refiner", 462, 548)]
+)
+def test_its_relatives_unets_have_ldm_names(name, attention, all_of_them):
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**UNETS[name])
+    attends = ["CrossAttn" in kind for kind in UNETS[name]["up_block_types"]]
+    modules = {to_ldm(m, 2, attends): shapes_of(unet.get_submodule(m)) for m in select(unet, ["default", "conv"])}
+    assert described(UNET_PREFIX, modules) == golden(f"{name}_unet_{all_of_them}.txt")
+    assert len(select(unet, ["default"])) == attention
+
+
+def test_a_refiners_text_encoder_has_the_webuis_names():
+    sizes = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
+    config = CLIPTextConfig(vocab_size=49408, projection_dim=1280, **sizes)
+    (text,) = REFINER.text
+    with torch.device("meta"):
+        module = CLIPTextModelWithProjection(config)
+        unet = UNet2DConditionModel(**UNETS["refiner"])
+    part = parts(REFINER, unet, {text.network: module})[text.network]
+    encoder = ClipEncoder(module, text.layer, text.normed, text.pad, text.pooled, text.network)
+    names = select_text(encoder.inner, encoder.layers)
+    tensors = part.to_kohya({name: shapes_of(encoder.inner.get_submodule(name)) for name in names})
+    modules = {name.partition(".")[0] for name in tensors}
+
+    def shape(name: str) -> str:
+        return str(list(tensors[name].shape)).replace(" ", "")
+
+    found = {f"{n} {shape(n + '.lora_down.weight')} {shape(n + '.lora_up.weight')}" for n in modules}
+    assert found == golden("refiner_te_192.txt")
+    assert len(tensors) == 3 * 192
 
 
 def test_sdxls_text_encoders_have_kohyas_names_where_they_are_heard():

@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from lora_trainer.errors import ModelError
 from lora_trainer.hosts.standalone import open_model
 from lora_trainer.models.checkpoint import read_shapes
-from lora_trainer.models.families import SD1, SDXL, detect
+from lora_trainer.models.families import REFINER, SD1, SDXL, SSD, detect
 from tests.tiny import tiny_state
-from tests.tiny_sdxl import tiny_sdxl_state
+from tests.tiny_sdxl import tiny_relative_state, tiny_sdxl_state
 
 UNET = "model.diffusion_model."
 CONV_IN = UNET + "input_blocks.0.0.weight"
@@ -46,7 +46,6 @@ NAMES = {
     "cap_embedder.1.weight": "Lumina or Z-Image",
     "txt_norm.weight": "a Qwen-Image checkpoint",
     "head.modulation": "a Wan checkpoint",
-    "conditioner.embedders.0.model.token_embedding.weight": "an SDXL refiner checkpoint",
     "cond_stage_model.roberta.embeddings.word_embeddings.weight": "AltDiffusion",
     "edm_mean": "Playground",
     "edm_vpred.sigma_max": "CosXL",
@@ -75,9 +74,20 @@ def test_a_unet_for_inpainting_is_its_family(sd1, sdxl):
     assert detect(sdxl | {CONV_IN: (32, 9, 3, 3)}, "x") is SDXL
 
 
-def test_what_was_cut_out_of_sdxl_is_named(sdxl):
-    middle = f"{UNET}middle_block.1."
-    assert "SSD-1B" in refused({name: shape for name, shape in sdxl.items() if not name.startswith(middle)})
+def test_what_was_cut_out_of_sdxl_is_told(sdxl):
+    def without(*parts: str) -> dict[str, tuple[int, ...]]:
+        return {name: shape for name, shape in sdxl.items() if not name.startswith(parts)}
+
+    assert detect(without(f"{UNET}middle_block.1.", f"{UNET}middle_block.2."), "x") is SSD
+    assert "KOALA" in refused(without(f"{UNET}middle_block."))
+
+
+@pytest.mark.parametrize(("name", "family"), [("ssd", SSD), ("vega", SSD), ("refiner", REFINER)])
+def test_sdxls_relatives_are_told_apart(name, family):
+    shapes = {key: tuple(tensor.shape) for key, tensor in tiny_relative_state(name).items()}
+    assert detect(shapes, "x") is family
+    assert "of the EDM form" in refused(shapes | {"edm_mean": ()})
+    assert "editing" in refused(shapes | {CONV_IN: (32, 8, 3, 3)})
 
 
 def test_an_unknown_kind_is_told_by_what_it_lacks():

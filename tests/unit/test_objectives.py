@@ -136,11 +136,27 @@ def test_what_needs_v_says_so(key):
     ],
 )
 def test_timesteps_follow_their_law(settings, cumulative):
-    t = Noising.of(config(**settings)).timesteps(0, range(20_000), 1000)
+    t = Noising.of(config(**settings), EPSILON).timesteps(0, range(20_000), 1000)
     assert t.min() >= settings.get("min_timestep", 0)
     assert t.max() < settings.get("max_timestep", 1000)
     for x in (0.05, 0.25, 0.5, 0.65, 0.9, 0.99):
         assert (t < 1000 * x).double().mean().item() == pytest.approx(cumulative(x), abs=0.013)
+
+
+def test_a_model_that_knows_few_timesteps_is_trained_on_those():
+    known = replace(EPSILON, limit=200)
+
+    def span(**settings: int) -> tuple[int, int]:
+        made = Noising.of(config(**settings), known)
+        return made.low, made.high
+
+    assert span() == (0, 200)
+    assert Noising.of(config(), known).timesteps(0, range(2000), 1000).max() == 199
+    assert span(max_timestep=1000) == (0, 1000)
+    assert span(min_timestep=50, max_timestep=150) == (50, 150)
+    assert known.to(torch.device("cpu")).zero_terminal().trained == 200
+    with pytest.raises(ConfigError, match="min_timestep: expected less than 200, .* found 300"):
+        span(min_timestep=300)
 
 
 def test_laws_are_their_formulas():
@@ -239,7 +255,7 @@ def test_each_setting_changes_the_loss_or_the_draws(key):
         mine, other = objective_of(plain, EPSILON), objective_of(changed, EPSILON)
         assert mine.loss is not other.loss or mine.weights is not other.weights
     else:
-        assert Noising.of(plain) != Noising.of(changed)
+        assert Noising.of(plain, EPSILON) != Noising.of(changed, EPSILON)
 
 
 @pytest.mark.parametrize("changes", [LOSS, NOISE])

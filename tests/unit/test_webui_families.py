@@ -1,4 +1,4 @@
-"""SDXL and Stable Diffusion 2.x as they are lent, and what is refused, on a stand-in for the WebUI."""
+"""SDXL, its relatives and Stable Diffusion 2.x as they are lent, and what is refused, on a stand-in for the WebUI."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_trainer.config import build
 from lora_trainer.errors import ConfigError, ModelError
-from lora_trainer.models.families import SD2, SD2_V, SDXL
+from lora_trainer.models.families import REFINER, SD2, SD2_V, SDXL
 from lora_trainer.training.control import StopOnly
 from tests.fake_webui.checkpoints import write_families
 from tests.fake_webui.install import installed
@@ -39,7 +39,7 @@ def ui(checkpoints, tmp_path):
         yield webui
 
 
-@pytest.fixture(params=["xl", "two"])
+@pytest.fixture(params=["xl", "ssd", "refiner", "two"])
 def loaded(request, ui):
     ui.choose(request.param)
     assert ui.model.sd_checkpoint_info.name == f"{request.param}.safetensors"
@@ -133,7 +133,7 @@ def test_a_clip_skip_is_refused_where_there_is_none(loaded):
 def test_the_fingerprint_notices_a_changed_value_in_each_network(loaded):
     fingerprint = loaded.host("loaded").Fingerprint.of
     networks = loaded.host("tensors").networks_of(loaded.model)
-    assert len(networks) == (3 if loaded.model.is_sdxl else 2)
+    assert len(networks) == (3 if loaded.model.sd_checkpoint_info.name in ("xl.safetensors", "ssd.safetensors") else 2)
     before = fingerprint(loaded.model)
     for network in networks:
         parameter = list(network.parameters())[-2]
@@ -143,6 +143,28 @@ def test_the_fingerprint_notices_a_changed_value_in_each_network(loaded):
             assert fingerprint(loaded.model) != before
             parameter.copy_(saved)
     assert fingerprint(loaded.model) == before
+
+
+def test_blocks_that_a_file_lacks_are_left_out(ui):
+    """Segmind Vega's is loaded into SSD-1B's blocks."""
+    ui.choose("ssd")
+    blocks = ui.model.model.diffusion_model.input_blocks._modules["7"]._modules["1"].transformer_blocks
+    latent_diffusion = __import__("tests.fake_webui.latent_diffusion", fromlist=["tree"])
+    own = {name: torch.zeros(tensor.shape) for name, tensor in blocks._modules["0"].state_dict().items()}
+    blocks.add_module("4", latent_diffusion.tree(own, torch.nn.Module()))
+    with lent(ui).borrow() as model:
+        assert len(model.unet.down_blocks[2].attentions[0].transformer_blocks) == 4
+        assert len(model.unet.up_blocks[0].attentions[2].transformer_blocks) == 10
+
+
+def test_a_refiner_has_the_scores_of_the_webuis_settings(ui):
+    ui.choose("refiner")
+    with lent(ui).borrow() as model:
+        assert (model.facts.family, model.noise.trained) == (REFINER, 200)
+    ui("shared").opts.sdxl_refiner_high_aesthetic_score = 7
+    with lent(ui).borrow() as model:
+        assert model.facts.family.scores == (7.0, 2.5)
+        assert any("aesthetic score 7" in notice for notice in model.facts.notices)
 
 
 def test_8_bit_storage_is_lent_as_half_precision(ui):
@@ -229,33 +251,31 @@ def test_a_job_writes_what_the_webui_takes_for_its_own(loaded, settings, tmp_pat
     (lora,) = (Path(path) for path in finished.output if path.endswith(".safetensors"))
     assert lora.parent == loaded.loras
     modules = {key.rpartition(".lora_down")[0] for key in load_file(lora) if "lora_down" in key}
-    texts = [sum(module.startswith(f"lora_te{which}_") for module in modules) for which in ("", 1, 2)]
+    prefixes = ("lora_te_", "lora_te1_", "lora_te2_", "0_model_transformer_resblocks_")
+    texts = [sum(module.startswith(prefix) for module in modules) for prefix in prefixes]
     # The last layer of an encoder that is heard before it is not trained, but where it makes the pooled vector.
-    assert texts == ([0, 2 * 6, 3 * 6] if loaded.model.is_sdxl else [2 * 6, 0, 0])
+    two = [0, 2 * 6, 3 * 6, 0]
+    counts = {"xl": two, "ssd": two, "refiner": [0, 0, 0, 3 * 6], "two": [2 * 6, 0, 0, 0]}
+    assert texts == counts[Path(name).stem]
     assert any(f"{len(modules)} of {len(modules)} modules apply" in getattr(event, "text", "") for event in told)
     version = "SDXL" if loaded.model.is_sdxl else "SD2"
     assert json.loads(lora.with_suffix(".json").read_text())["sd version"] == version
     with safe_open(lora, "pt") as file:
         said = file.metadata()
-    assert (said["ss_base_model_version"], said["ss_v2"]) == (
-        (SDXL.base_version, "False") if version == "SDXL" else (SD2.base_version, "True")
-    )
+    family = {"refiner": REFINER, "two": SD2}.get(Path(name).stem, SDXL)
+    assert (said["ss_base_model_version"], said["ss_v2"]) == (family.base_version, str(family is SD2))
 
 
 # --- what is refused
 
 
-def as_ssd(ui) -> None:
-    del ui.model.model.diffusion_model.middle_block._modules["1"]
+def as_koala(ui) -> None:
+    del ui.model.model.diffusion_model.middle_block
 
 
 def as_editing(ui) -> None:
     first = ui.model.model.diffusion_model.input_blocks._modules["0"]._modules["0"]
     first.weight = torch.nn.Parameter(torch.zeros(32, 8, 3, 3))
-
-
-def as_refiner(ui) -> None:
-    del ui.model.conditioner.embedders[0]
 
 
 def as_sd3(ui) -> None:
@@ -273,9 +293,8 @@ def as_playground(ui) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (as_ssd, "SSD-1B"),
+        (as_koala, "KOALA"),
         (as_editing, "an editing checkpoint"),
-        (as_refiner, "an SDXL refiner checkpoint"),
         (as_sd3, "a Stable Diffusion 3 checkpoint"),
         (as_playground, "Playground"),
     ],

@@ -18,6 +18,7 @@ from tests.tiny import VAE
 
 REPOSITORIES = Path(os.environ.get("WEBUI_DIR", "")) / "repositories"
 XL = REPOSITORIES / "generative-models" / "configs" / "inference" / "sd_xl_base.yaml"
+REFINER = XL.with_name("sd_xl_refiner.yaml")
 V2 = REPOSITORIES / "stable-diffusion-stability-ai" / "configs" / "stable-diffusion"
 # The smallest text encoder that OpenCLIP knows, and the demo's.
 ARCH, WIDE, LAYERS = "ViT-S-32-alt", 256, 10
@@ -40,6 +41,24 @@ UNET_XL = UNET | {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": WIDE + 6 * 256,
 }
+# SSD-1B's depths, since the WebUI cuts just its blocks out of SDXL.
+UNET_SSD = UNET_XL | {
+    "transformer_layers_per_block": (1, 2, 4),
+    "reverse_transformer_layers_per_block": ((4, 4, 10), (2, 1, 1), 1),
+    "mid_block_type": "UNetMidBlock2D",
+}
+UNET_VEGA = {name: value for name, value in UNET_SSD.items() if not name.startswith("reverse")} | {
+    "transformer_layers_per_block": (1, 1, 2)
+}
+UNET_REFINER = UNET_XL | {
+    "block_out_channels": (32, 64, 128, 128),
+    "down_block_types": ("DownBlock2D", *("CrossAttnDownBlock2D",) * 2, "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", *("CrossAttnUpBlock2D",) * 2, "UpBlock2D"),
+    "transformer_layers_per_block": (1, 4, 4, 4),
+    "attention_head_dim": (1, 2, 4, 4),
+    "cross_attention_dim": WIDE,
+    "projection_class_embeddings_input_dim": WIDE + 5 * 256,
+}
 UNET_2 = UNET | {
     "block_out_channels": (32, 64, 128, 128),
     "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
@@ -50,12 +69,22 @@ UNET_2 = UNET | {
 SIZES = {"model_channels": 32, "num_head_channels": 32, "use_checkpoint": False}
 
 
-def write_xl(folder: Path, name: str, clip: Path, *, v: bool = False, keys: tuple[str, ...] = ()) -> None:
+def write_xl(
+    folder: Path,
+    name: str,
+    clip: Path,
+    *,
+    v: bool = False,
+    keys: tuple[str, ...] = (),
+    unet: Mapping[str, Any] = UNET_XL,
+) -> None:
     """`folder`/NAME.safetensors of SDXL's form, its first text encoder's config in `clip`; with `v` its YAML says that
-    it predicts v, and `keys` are empty tensors in the file."""
+    it predicts v, and `keys` are empty tensors in the file. `unet` may be one of what was cut out of SDXL,
+    which the WebUI cuts out of its own."""
     config = yaml.safe_load(XL.read_text())
     params = config["model"]["params"]
-    sizes = {"adm_in_channels": UNET_XL["projection_class_embeddings_input_dim"], "transformer_depth": [1, 1, 2]}
+    depth = [1, 2, 10] if "mid_block_type" in unet else [1, 1, 2]
+    sizes = {"adm_in_channels": UNET_XL["projection_class_embeddings_input_dim"], "transformer_depth": depth}
     params["network_config"]["params"] |= SIZES | sizes | {"context_dim": UNET_XL["cross_attention_dim"]}
     first, second, *_ = params["conditioner_config"]["params"]["emb_models"]
     first["params"] = {"version": str(clip), "layer": "hidden", "layer_idx": CLIP["num_hidden_layers"] - 1}
@@ -64,9 +93,21 @@ def write_xl(folder: Path, name: str, clip: Path, *, v: bool = False, keys: tupl
         for part, kind in (("scaling_config", "denoiser_scaling.V"), ("weighting_config", "denoiser_weighting.V")):
             target = params["denoiser_config"]["params"][part]
             target["target"] = target["target"].replace(kind[:-1] + "Eps", kind)
-    shapes = unet_state(UNET_XL) | clip_state("conditioner.embedders.0.transformer.", CLIP)
+    shapes = unet_state(unet) | clip_state("conditioner.embedders.0.transformer.", CLIP)
     shapes |= open_clip_state("conditioner.embedders.1.model.", width=WIDE, layers=LAYERS)
     _write(folder / name, config, shapes, dict.fromkeys(keys, torch.tensor([])))
+
+
+def write_refiner(folder: Path, name: str) -> None:
+    """`folder`/NAME.safetensors of the form of SDXL's refiner."""
+    config = yaml.safe_load(REFINER.read_text())
+    params = config["model"]["params"]
+    sizes = {"adm_in_channels": UNET_REFINER["projection_class_embeddings_input_dim"], "context_dim": [WIDE] * 4}
+    params["network_config"]["params"] |= SIZES | sizes
+    first, *_ = params["conditioner_config"]["params"]["emb_models"]
+    first["params"]["arch"] = ARCH
+    shapes = unet_state(UNET_REFINER) | open_clip_state("conditioner.embedders.0.model.", width=WIDE, layers=LAYERS)
+    _write(folder / name, config, shapes, {})
 
 
 def write_2(folder: Path, name: str, *, v: bool = False) -> None:

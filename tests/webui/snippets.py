@@ -152,6 +152,9 @@ def asked(sd_model, x, t, told):
     return sd_model.model.diffusion_model(x, t, context=told[0], **extra)
 def answered(model, x, t, prompts):
     return model.unet(x, t, **conditions(model, prompts, (128, 64))).sample
+def told_sizes(model, prompts):
+    added = conditions(model, prompts, (128, 64))["added_cond_kwargs"]
+    return model.unet.add_time_proj(added["time_ids"].flatten()).reshape(len(prompts), -1)
 def places(tensors):
     return {(p.data_ptr(), p.numel()) for p in tensors}
 PROMPTS = ["noto emoji of red apple", "", "a cat sitting on a mat " * 20 + "with a hat"]
@@ -174,7 +177,7 @@ _COMPARED = """
     storages = {p.untyped_storage().data_ptr() for p in state.values()}
     texts = [p for module in model.text.modules for p in module.parameters()]
     shared["text"] = [sum(p.untyped_storage().data_ptr() in storages for p in texts), len(texts)]
-    said_apart = pooled_apart = viewed_apart = 0.0
+    said_apart = pooled_apart = told_apart = viewed_apart = 0.0
     prompts_too = view_of(sd_model, config(caption_syntax="webui"))
     for prompt in PROMPTS + SYNTAX:
         host = said(sd_model, [prompt])
@@ -184,6 +187,7 @@ _COMPARED = """
             if mine.pooled is not None:
                 width = mine.pooled.shape[1]
                 pooled_apart = max(pooled_apart, (mine.pooled - host[1][:, :width]).abs().max().item())
+                told_apart = max(told_apart, (told_sizes(model, [prompt]) - host[1][:, width:]).abs().max().item())
         if prompt in PROMPTS:
             view = model.text.encode(model.text.tokenize(prompt))
             viewed_apart = max(viewed_apart, (view - host[0]).abs().max().item())
@@ -193,6 +197,7 @@ _COMPARED = """
         "shared": shared,
         "said apart": said_apart,
         "pooled apart": pooled_apart,
+        "told apart": told_apart,
         "viewed apart": viewed_apart,
         "answered apart": (host - answered(model, x, t, prompts)).abs().max().item(),
         "answers": host.abs().mean().item(),
@@ -201,6 +206,19 @@ _COMPARED = """
         "ends without signal": model.noise.alphas_cumprod[-1].item() == 0,
         "notices": list(model.facts.notices),
     }
+"""
+
+# What a negative prompt and a prompt tell a refiner beside their words, by the WebUI and by the trainer.
+_SCORED = """
+    model = view_of(sd_model, config())
+    added = conditions(model, ["ugly", "a cat"], (128, 64), negatives=1)["added_cond_kwargs"]
+    mine = model.unet.add_time_proj(added["time_ids"].flatten()).reshape(2, -1)
+    width, apart = added["text_embeds"].shape[1], []
+    for row, prompt in enumerate(["ugly", "a cat"]):
+        batch = prompt_parser.SdConditioning([prompt], width=128, height=64, is_negative_prompt=row == 0)
+        host = sd_model.get_learned_conditioning(batch)["vector"]
+        apart.append((host[0, width:] - mine[row]).abs().max().item())
+    result = {"apart": apart, "told": added["time_ids"].tolist(), "limit": model.noise.trained}
 """
 
 # As APPLIED, for a model of any family.
@@ -236,6 +254,10 @@ _APPLIED_TO_ANY = """
 
 def compared() -> str:
     return VIEWED.replace("    SNIPPET", _COMPARED)
+
+
+def scored() -> str:
+    return VIEWED.replace("    SNIPPET", _SCORED)
 
 
 def applied_to_any(name: str) -> str:

@@ -1,4 +1,5 @@
-"""In a real WebUI: SDXL and Stable Diffusion 2.x checkpoints are trained on and given back, and their LoRAs apply.
+"""In a real WebUI: checkpoints of SDXL, its relatives and Stable Diffusion 2.x are trained on and given back, and their
+LoRAs apply.
 
 Runs where WEBUI_DIR names an AUTOMATIC1111 1.10.1 with its venv.
 """
@@ -11,14 +12,17 @@ import pytest
 from PIL import Image
 from safetensors import safe_open
 
-from tests.webui.families import write_2, write_inpainting, write_xl
+from tests.webui.families import UNET_SSD, UNET_VEGA, write_2, write_inpainting, write_refiner, write_xl
 from tests.webui.server import WORLD
-from tests.webui.snippets import DIGEST, applied_to_any, compared
+from tests.webui.snippets import DIGEST, applied_to_any, compared, scored
 
 # name: (family, prediction, version on the card)
 CASES = {
     "tiny-xl": ("SDXL", "epsilon", "SDXL"),
     "tiny-xl-v": ("SDXL", "v", "SDXL"),
+    "tiny-ssd": ("SSD-1B or Segmind Vega", "epsilon", "SDXL"),
+    "tiny-vega": ("SSD-1B or Segmind Vega", "epsilon", "SDXL"),
+    "tiny-refiner": ("SDXL refiner", "epsilon", "SDXL"),
     "tiny-2": ("Stable Diffusion 2.x", "epsilon", "SD2"),
     "tiny-2-v": ("Stable Diffusion 2.x", "v", "SD2"),
     "tiny-holes": ("Stable Diffusion 1.x", "epsilon", "SD1"),
@@ -32,6 +36,9 @@ def ui(webui):
     models, clip = webui.data / "models" / "Stable-diffusion", webui.data / "models" / "clip"
     write_xl(models, "tiny-xl", clip)
     write_xl(models, "tiny-xl-v", clip, v=True, keys=("v_pred", "ztsnr"))
+    write_xl(models, "tiny-ssd", clip, unet=UNET_SSD)
+    write_xl(models, "tiny-vega", clip, unet=UNET_VEGA)
+    write_refiner(models, "tiny-refiner")
     write_2(models, "tiny-2")
     write_2(models, "tiny-2-v", v=True)
     write_inpainting(models, "tiny-holes", clip)
@@ -55,12 +62,21 @@ def test_the_view_is_the_loaded_model(ui, name):
     print(seen)
     for mine, all_of_them in seen["shared"].values():
         assert mine == all_of_them > 50
-    assert seen["said apart"] == seen["pooled apart"] == 0
+    assert seen["said apart"] == seen["pooled apart"] == seen["told apart"] == 0
     # A view of OpenCLIP rounds otherwise than torch's packed attention.
     assert seen["viewed apart"] < 1e-5
     assert seen["answered apart"] < 1e-5
     assert seen["answers"] > 1e-2
     assert (seen["family"], seen["prediction"]) == CASES[name][:2]
+
+
+def test_a_refiner_is_trained_with_the_scores_that_the_webui_draws_with(ui):
+    choose(ui, "tiny-refiner", sdxl_refiner_high_aesthetic_score=7.5, sdxl_refiner_low_aesthetic_score=1.5)
+    try:
+        seen = ui.run(scored())
+    finally:
+        choose(ui, "tiny-refiner", sdxl_refiner_high_aesthetic_score=6.0, sdxl_refiner_low_aesthetic_score=2.5)
+    assert seen == {"apart": [0, 0], "told": [[64, 128, 0, 0, 1.5], [64, 128, 0, 0, 7.5]], "limit": 200}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -89,7 +105,7 @@ def test_training_on_it(ui, name):
     print(seen)
     assert seen["apart"] < 1e-4
     assert min(seen["effect"], seen["effect on the text"], seen["effect of the UNet"]) > 10 * 1e-4
-    assert ("xl" in name) == (seen["effect on the pooled"] > 1e-3)
+    assert (CASES[name][2] == "SDXL") == (seen["effect on the pooled"] > 1e-3)
     assert seen["restored"]
     assert seen["version"] == CASES[name][2]
     card = json.loads((ui.data / "models" / "Lora" / f"on-{name}.json").read_text())

@@ -16,7 +16,12 @@ from lora_trainer.models.vae_names import LDM_PREFIX as VAE_PREFIX
 
 
 def state_of(sd_model: Any) -> dict[str, Tensor]:
-    """The live tensors by their names in a file."""
+    """The live tensors by their names in a file.
+
+    The WebUI cuts SSD-1B's blocks out of SDXL whatever the file holds. What that lacks of them, as Segmind Vega's does,
+    stays zero and does nothing: it is left out.
+    """
+    held = file_keys(sd_model) if getattr(sd_model, "is_ssd", False) else ()
     texts = {prefix: embedder.wrapped for prefix, embedder in embedders_of(sd_model).items()}
     parts = {UNET_PREFIX: sd_model.model.diffusion_model, VAE_PREFIX: sd_model.first_stage_model, **texts}
     # The WebUI wraps the token embedding to put textual inversions in.
@@ -24,6 +29,7 @@ def state_of(sd_model: Any) -> dict[str, Tensor]:
         prefix + name.replace("token_embedding.wrapped.", "token_embedding."): tensor
         for prefix, module in parts.items()
         for name, tensor in module.state_dict().items()
+        if not held or prefix != UNET_PREFIX or prefix + name in held
     }
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-from modules import devices
+from modules import devices, shared
 from torch import Tensor
 
 from lora_trainer.config import Config
@@ -13,7 +14,7 @@ from lora_trainer.hosts.webui.prediction import drawn_as
 from lora_trainer.hosts.webui.prompts import text_of
 from lora_trainer.hosts.webui.tensors import family_of, name_of, state_of
 from lora_trainer.models.bridge import unet_view, vae_view
-from lora_trainer.models.families import predicting
+from lora_trainer.models.families import Family, predicting
 from lora_trainer.models.inpainting import TOLD, inpaints, paint_all
 from lora_trainer.models.model import CheckpointHashes, Model, ModelFacts
 
@@ -22,26 +23,36 @@ def view_of(sd_model: Any, config: Config) -> Model:
     """Views of `sd_model` for one segment. Raises ModelError for a model of another family, and ConfigError for a
     `clip_skip` in a family that has none."""
     state = state_of(sd_model)
-    family = family_of(sd_model, state)
+    family = _scored(family_of(sd_model, state))
     state = {name: _computable(tensor) for name, tensor in state.items()}
     unet = unet_view(state, **_heads(sd_model))
     vae = vae_view(state, scale_factor=float(sd_model.scale_factor))
     paint_all(unet, vae)
     noise, told = drawn_as(sd_model)
+    told += family.notices + ((TOLD,) if inpaints(unet) else ())
     return Model(
         unet=unet,
         text=text_of(sd_model, state, family, config),
         vae=vae,
-        noise=noise.to(devices.device),
+        noise=replace(noise, limit=family.max_timestep).to(devices.device),
         facts=ModelFacts(
             name=name_of(sd_model),
             family=predicting(family, noise.prediction),
             device=next(unet.parameters()).device,
             dtype=unet.dtype,
             hashes=_hashes(sd_model),
-            notices=(*told, TOLD) if inpaints(unet) else told,
+            notices=told,
         ),
     )
+
+
+def _scored(family: Family) -> Family:
+    """With the aesthetic scores that the WebUI draws with, where the family has any."""
+    if family.scores is None:
+        return family
+    opts = shared.opts
+    scores = float(opts.sdxl_refiner_high_aesthetic_score), float(opts.sdxl_refiner_low_aesthetic_score)
+    return replace(family, scores=scores)
 
 
 def _heads(sd_model: Any) -> dict[str, int]:

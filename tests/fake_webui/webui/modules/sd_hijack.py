@@ -16,16 +16,17 @@ class StableDiffusionModelHijack:
 
     def hijack(self, m):
         if hasattr(m, "conditioner"):
-            for i in range(2):
+            texts = len(m.conditioner.embedders) - 1
+            for i in range(texts):
                 m.conditioner.embedders[i] = self.wrap(m.conditioner.embedders[i])
-            m.cond_stage_model = m.conditioner
+            m.cond_stage_model = m.conditioner if texts > 1 else m.conditioner.embedders[0]
         else:
             m.cond_stage_model = self.wrap(m.cond_stage_model)
         self.clip = m.cond_stage_model
 
     def undo_hijack(self, m):
         if hasattr(m, "conditioner"):
-            for i in range(2):
+            for i in range(len(m.conditioner.embedders) - 1):
                 m.conditioner.embedders[i] = self.unwrap(m.conditioner.embedders[i])
             del m.cond_stage_model
         else:

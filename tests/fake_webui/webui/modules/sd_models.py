@@ -136,7 +136,9 @@ def load_model_weights(model, checkpoint_info, state_dict, timer):
         state_dict = get_checkpoint_state_dict(checkpoint_info, timer)
     model.is_sdxl = hasattr(model, "conditioner")
     model.is_sd2 = not model.is_sdxl and hasattr(model.cond_stage_model, "model")
-    model.is_sd1, model.is_ssd, model.is_sd3 = not (model.is_sdxl or model.is_sd2), False, False
+    model.is_sd1, model.is_sd3 = not (model.is_sdxl or model.is_sd2), False
+    middle = "model.diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q.weight"
+    model.is_ssd = model.is_sdxl and middle not in state_dict
     model.latent_channels = 4
     model.load_state_dict(state_dict, strict=False)
     model.float()

@@ -22,4 +22,6 @@ options_templates = {
     "sd_noise_schedule": OptionInfo("Default"),
     "sd_vae": OptionInfo("Automatic"),
     "sdxl_clip_l_skip": OptionInfo(False),
+    "sdxl_refiner_high_aesthetic_score": OptionInfo(6.0),
+    "sdxl_refiner_low_aesthetic_score": OptionInfo(2.5),
 }

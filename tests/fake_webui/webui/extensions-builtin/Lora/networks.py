@@ -51,8 +51,11 @@ def convert_diffusers_name_to_compvis(key, is_sd2):
 
 def assign_network_names_to_compvis_modules(sd_model):
     mapping = {}
-    text = shared.sd_model.cond_stage_model
-    texts = {f"{i}_": e.wrapped for i, e in enumerate(text.embedders[:2])} if sd_model.is_sdxl else {"": text.wrapped}
+    if sd_model.is_sdxl:
+        embedders = shared.sd_model.conditioner.embedders
+        texts = {f"{i}_": embedder.wrapped for i, embedder in enumerate(embedders) if hasattr(embedder, "wrapped")}
+    else:
+        texts = {"": shared.sd_model.cond_stage_model.wrapped}
     named = [(prefix + name, module) for prefix, part in texts.items() for name, module in part.named_modules()]
     for name, module in [*named, *shared.sd_model.model.named_modules()]:
         module.network_layer_name = name.replace(".", "_")
