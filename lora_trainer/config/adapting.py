@@ -74,9 +74,18 @@ class Adapting(Judging, frozen=True, kw_only=True, forbid_unknown_fields=True):
     block_lrs: Annotated[
         list[str], about(LORA, "Factors of learning_rate in blocks: MID=0.5, OUT=1.5; 0 leaves the block out.")
     ] = msgspec.field(default_factory=list)
-    loraplus_lr_ratio: Annotated[
-        float, about(LORA, "The up matrices learn this many times faster than the down ones (LoRA+).", gt=0, le=100)
-    ] = 1.0
+    loraplus_lr_ratio: (
+        Annotated[
+            float,
+            about(
+                LORA,
+                "The up matrices learn this many times faster than the down ones (LoRA+); 1: alike. 4 when left out.",
+                gt=0,
+                le=100,
+            ),
+        ]
+        | None
+    ) = None
     scale_weight_norms: Annotated[
         float, about(LORA, "Keep the norm of each module's change below this: 1 is usual; 0: off.", ge=0)
     ] = 0.0

@@ -51,7 +51,7 @@ def _rates(config: Adapting) -> Iterator[str]:
         yield _one_rate(config, "text_encoder_lr", f"{config.text_encoder_lr:g}")
     if one and config.text_encoder_2_lr not in (None, config.learning_rate):
         yield _one_rate(config, "text_encoder_2_lr", f"{config.text_encoder_2_lr:g}")
-    if one and config.loraplus_lr_ratio != 1:
+    if one and config.loraplus_lr_ratio not in (None, 1):
         yield f"loraplus_lr_ratio: expected 1, since {config.optimizer} knows one learning rate for all"
     if one and config.block_lrs:
         yield f"block_lrs: expected none, since {config.optimizer} knows one learning rate for all"
@@ -68,7 +68,7 @@ def _one_rate(config: Adapting, key: str, found: str) -> str:
 
 def _kinds(config: Adapting) -> Iterator[str]:
     kind = config.adapter
-    if kind in ("loha", "lokr") and config.loraplus_lr_ratio != 1:
+    if kind in ("loha", "lokr") and config.loraplus_lr_ratio not in (None, 1):
         yield f"loraplus_lr_ratio: expected 1, since {kind} has no up and down matrices"
     if kind != "lora" and config.scale_weight_norms:
         yield f"scale_weight_norms: expected adapter lora beside it, found {kind}"

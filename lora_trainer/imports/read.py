@@ -47,8 +47,9 @@ def read_file(path: Path) -> tuple[str, Taken]:
     if not taken.settings:
         raise ConfigError([f"{path}: expected settings that have a counterpart here, found none"])
     if "learning_rate" in taken.settings:
-        # A whole run, which no other trainer saves the average of.
+        # A whole run, which no other trainer saves the average of, or gives its matrices two rates unasked.
         taken.settings.setdefault("ema_decay", 0.0)
+        taken.settings.setdefault("loraplus_lr_ratio", 1.0)
     return found.NAME, taken
 
 

@@ -10,6 +10,7 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from lora_trainer.adapters.inject import Size
+from lora_trainer.adapters.kinds import KINDS
 from lora_trainer.adapters.naming import text_name
 from lora_trainer.adapters.parts import layer_name, ldm_names
 from lora_trainer.adapters.targets import block_of, filtered, select, select_text
@@ -72,6 +73,14 @@ def learning_rate_of(config: Config, network: str) -> float:
         return config.text_encoder_2_lr
     share = 1.0 if config.optimizer in ONE_RATE else 0.2
     return config.learning_rate * share if config.text_encoder_lr is None else config.text_encoder_lr
+
+
+def up_ratio_of(config: Config) -> float:
+    """loraplus_lr_ratio, by default 4 (docs/defaults.md), or 1 where there are no up matrices or the optimizer knows
+    only one rate."""
+    if config.loraplus_lr_ratio is not None:
+        return config.loraplus_lr_ratio
+    return 4.0 if KINDS[config.adapter].is_lora and config.optimizer not in ONE_RATE else 1.0
 
 
 def adapter_notices(config: Config) -> Iterator[str]:

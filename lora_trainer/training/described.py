@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from lora_trainer.config import Config
-from lora_trainer.training.chosen import conv_size, learning_rate_of, usual_size
+from lora_trainer.training.chosen import conv_size, learning_rate_of, up_ratio_of, usual_size
 
 # What LyCORIS calls them.
 LYCORIS = {"dora": "lora", "loha": "loha", "lokr": "lokr"}
@@ -63,7 +63,7 @@ def adapter_settings(config: Config) -> dict[str, object]:
         "conv_alpha": config.conv_rank and f"{conv_size(config).alpha:g}",
         "rank_dropout": config.rank_dropout,
         "module_dropout": config.module_dropout,
-        "loraplus_lr_ratio": config.loraplus_lr_ratio if config.loraplus_lr_ratio != 1 else None,
+        "loraplus_lr_ratio": ratio if (ratio := up_ratio_of(config)) != 1 else None,
         "block_dims": " ".join(config.block_ranks),
         "block_alphas": " ".join(config.block_alphas),
         "block_lr_weight": " ".join(config.block_lrs),

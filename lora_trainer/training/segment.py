@@ -28,6 +28,7 @@ from lora_trainer.training.chosen import (
     text_layer,
     text_sizes,
     unet_sizes,
+    up_ratio_of,
     usual_size,
 )
 from lora_trainer.training.clip import StepClip
@@ -239,7 +240,7 @@ def trainables_of(config: Config, adapters: Mapping[str, Adapter]) -> Trainables
     groups, factors = {}, {}
     for network, adapter in adapters.items():
         share = learning_rate_of(config, network) / config.learning_rate
-        found = adapter.groups(config.loraplus_lr_ratio)
+        found = adapter.groups(up_ratio_of(config))
         for rate, members in found.items():
             name = network if len(found) == 1 else f"{network} ×{rate:g}"
             groups[name], factors[name] = members, share * rate

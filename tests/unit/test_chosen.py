@@ -140,6 +140,7 @@ def test_up_matrices_learn_faster(checkpoint):
 
 def test_the_text_encoders_have_their_own_sizes_and_rates(tmp_path):
     changes = {"train_text_encoder": True, "text_encoder_rank": 2, "text_encoder_lr": 1e-4, "text_encoder_2_lr": 3e-4}
+    changes |= {"loraplus_lr_ratio": 1}
     with opened(tiny_sdxl_checkpoint(tmp_path), learning_rate=1e-3, **changes) as segment:
         segment.trainables.set_learning_rate(1e-3)
         rates = {group.name: group.learning_rate.item() for group in segment.trainables.groups}
@@ -237,7 +238,7 @@ def test_headers_and_inspection_tell_what_is_not_ordinary(settings):
     assert header["ss_scale_weight_norms"] == "1.0"
     assert json.loads(header["lora_trainer_config"])["conv_rank"] == 2
     assert set(describe(path).ranks) == {2, 4}
-    _, data = train(settings, max_train_steps=1)
+    _, data = train(settings, max_train_steps=1, loraplus_lr_ratio=1)
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
     assert "ss_network_args" not in header
     assert "conv_rank" not in header["lora_trainer_config"]
