@@ -35,6 +35,7 @@ def label(line: Line) -> str:
     parts += ["text encoder"] * bool(line.get("train_text_encoder")) + ["checkpointing"] * bool(line["checkpointing"])
     parts += ["plain torch"] * (line.get("kernels") == "plain") + ["as in a WebUI"] * bool(line.get("webui"))
     parts += ["deterministic"] * bool(line.get("deterministic"))
+    parts += [kind for kind in [line.get("adapter", "lora")] if kind != "lora"]
     parts += [f"{parts_of(line)} parts a step"] * (parts_of(line) > 1)
     return ", ".join(parts if line["what"] == "ours" else [line["what"], *parts])
 

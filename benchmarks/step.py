@@ -3,7 +3,8 @@
 usage: python -m benchmarks.step [sd15|sdxl] [key=value ...]
 
 Keys are those of `Workload`, profile=1, webui=1, out=FILE to which the line of JSON is added, for `benchmarks.plot`,
-and settings of a run: kernels=plain, gradient_accumulation_steps=4, min_snr_gamma=5, masked_loss=true.
+and settings of a run: kernels=plain, gradient_accumulation_steps=4, min_snr_gamma=5, masked_loss=true, adapter=oft.
+adapter=all measures every kind in turn, a line each.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch import Tensor
 from benchmarks import models
 from benchmarks.timing import fresh_memory, gaps, machine, peak_reserved, profiler, spread
 from benchmarks.workload import LEARNING_RATE, Workload, samples
+from lora_trainer.adapters.kinds import KINDS
 from lora_trainer.config import Config, build
 from lora_trainer.config.sources import parse_overrides
 from lora_trainer.models.model import CheckpointHashes, Model, ModelFacts
@@ -198,16 +200,18 @@ def main(arguments: list[str]) -> None:
     values = {k: v == "1" if types[k] is bool else types[k](v) for k, v in given.items() if k in types}
     settings = parse_overrides([f"{k}={v}" for k, v in given.items() if k not in types])
     work = Workload(family=families[0] if families else "sd15", **values)
-    report = measure(work, profiled=profiled, webui=webui, **settings)
-    lines = report.pop("kernels", [])
-    facts = {"what": "ours", "at": time.strftime("%Y-%m-%d"), **asdict(work)}
-    facts |= {"webui": webui, **settings}
-    line = json.dumps(facts | report | machine())
-    print(line, flush=True)
-    if out:
-        with Path(out).open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-    print("\n".join(lines), flush=True)
+    runs = [{**settings, "adapter": kind} for kind in KINDS] if settings.get("adapter") == "all" else [settings]
+    for run in runs:
+        report = measure(work, profiled=profiled, webui=webui, **run)
+        lines = report.pop("kernels", [])
+        facts = {"what": "ours", "at": time.strftime("%Y-%m-%d"), **asdict(work)}
+        facts |= {"webui": webui, **run}
+        line = json.dumps(facts | report | machine())
+        print(line, flush=True)
+        if out:
+            with Path(out).open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        print("\n".join(lines), flush=True)
 
 
 if __name__ == "__main__":

@@ -13,18 +13,23 @@ def modules_of(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name, _, part = key.partition(".")
-        found.setdefault(name, {})[part] = tensor.double()
+        found.setdefault(name, {})[part] = tensor if tensor.dtype == torch.int64 else tensor.double()
     return found
 
 
 def added(parts: Mapping[str, Tensor], weight: Tensor) -> Tensor:
-    """network_lora, network_hada, network_lokr; then finalize_updown and apply_weight_decompose of network.py."""
+    """network_lora, network_hada, network_ia3, network_oft, network_lokr; then finalize_updown and
+    apply_weight_decompose of network.py."""
     w, weight, dim = dict(parts), weight.double(), None
     if "lora_up.weight" in w:
         up, down = (w[f"lora_{part}.weight"] for part in ("up", "down"))
         updown, dim = up.reshape(len(up), -1) @ down.reshape(len(down), -1), len(down)
     elif "hada_w1_a" in w:
         updown, dim = (w["hada_w1_a"] @ w["hada_w1_b"]) * (w["hada_w2_a"] @ w["hada_w2_b"]), len(w["hada_w1_b"])
+    elif "weight" in w:
+        return weight * (w["weight"] if w["on_input"].item() else w["weight"].reshape(-1, 1))
+    elif "oft_blocks" in w:
+        return _turned(w, weight) - weight
     else:
         for half in ("lokr_w1", "lokr_w2"):
             if half not in w:
@@ -38,3 +43,15 @@ def added(parts: Mapping[str, Tensor], weight: Tensor) -> Tensor:
         dims = [dim for dim in range(merged.dim()) if dim != 1]
         updown = merged * (w["dora_scale"] / merged.square().sum(dim=dims, keepdim=True).sqrt()) - weight
     return updown
+
+
+def _turned(w: Mapping[str, Tensor], weight: Tensor) -> Tensor:
+    blocks, eye = w["oft_blocks"], torch.eye(w["oft_blocks"].shape[1], dtype=torch.float64)
+    skew = blocks - blocks.transpose(1, 2)
+    constraint = w["alpha"] * len(weight) if "alpha" in w else 0
+    if constraint != 0:
+        norm = torch.norm(skew.flatten())
+        skew = skew * ((torch.clamp(norm, max=constraint) + 1e-8) / (norm + 1e-8))
+    turn = (eye + skew) @ torch.linalg.inv(eye - skew)
+    parts = weight.reshape(len(blocks), blocks.shape[1], -1)
+    return torch.stack([r.t() @ part for r, part in zip(turn, parts, strict=True)]).reshape(weight.shape)

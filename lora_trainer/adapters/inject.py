@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from lora_trainer.adapters.kinds import KINDS, LORA, Kind, Size, kind_of
-from lora_trainer.adapters.layers import ADAPTER, Change, Decomposed
+from lora_trainer.adapters.layers import ADAPTER, Change, Decomposed, Turned, computed
 from lora_trainer.adapters.naming import Weights
 
 __all__ = ["ADAPTER", "Adapter", "Size", "inject", "inject_factors", "strengthened", "without"]
@@ -27,7 +27,7 @@ class Adapter:
     layers: dict[str, BaseTunerLayer]
     sizes: dict[str, Size]
     kind: Kind = LORA
-    computed: dict[str, Change | Decomposed] = field(default_factory=dict)
+    computed: dict[str, Change | Turned | Decomposed] = field(default_factory=dict)
 
     def parameters(self) -> list[tuple[str, nn.Module, str]]:
         """(name, owner, attribute) of each trained tensor."""
@@ -56,9 +56,9 @@ class Adapter:
         """The down projections, whose output LoRA dropout acts on."""
         return {name: layer.lora_A[ADAPTER] for name, layer in self.layers.items() if self.kind.is_lora}
 
-    def changes(self) -> dict[str, Change]:
-        """The modules whose change of the weight is computed whole."""
-        return {name: each for name, each in self.computed.items() if isinstance(each, Change)}
+    def changes(self) -> dict[str, Change | Turned]:
+        """The modules without a product of a rank, of which outputs can be left out."""
+        return {name: each for name, each in self.computed.items() if not isinstance(each, Decomposed)}
 
     def factors(self) -> dict[str, Weights]:
         """What a file holds: for each module its tensors (float32 copies) and the true alpha."""
@@ -144,18 +144,17 @@ def held(layer: BaseTunerLayer, kind: Kind, size: Size, copied: Callable[[Tensor
     """What a layer holds: its live tensors, or copies."""
     there = places(layer, kind)
     tensors = {name: copied(getattr(*there[part])) for name, part in kind.fields.items() if part in there}
-    return kind.weights(**tensors, alpha=float(size.alpha))
+    return kind.weights(**tensors, alpha=None if size.alpha is None else float(size.alpha))
 
 
 def _computed(adapter: Adapter) -> Adapter:
     """With forwards of ours where PEFT's own do not do, on the layers themselves."""
     if adapter.kind is LORA:
         return adapter
-    way = Decomposed if adapter.kind.is_lora else Change
     for name, layer in adapter.layers.items():
-        computed = way(layer, partial(held, layer, adapter.kind, adapter.sizes[name]))
-        layer.forward = computed.forward
-        adapter.computed[name] = computed
+        way = computed(layer, partial(held, layer, adapter.kind, adapter.sizes[name]))
+        layer.forward = way.forward
+        adapter.computed[name] = way
     return adapter
 
 
@@ -173,13 +172,12 @@ def _put(layer: BaseTunerLayer, tensors: Mapping[str, Tensor], kind: Kind, size:
             shape = (*values.shape[:2], *holder[ADAPTER].weight.shape[2:])
             holder[ADAPTER].weight = nn.Parameter(values.reshape(shape))
         elif holder is None:
-            base = layer.get_base_layer().weight
-            setattr(layer, part, nn.Parameter(values.reshape(1, -1, *[1] * (base.dim() - 2))))
+            setattr(layer, part, nn.Parameter(values))
         else:
             holder[ADAPTER] = nn.Parameter(values)
     alpha = layer.lora_alpha if kind.is_lora else layer.alpha
-    layer.r[ADAPTER], alpha[ADAPTER] = size.rank, size.alpha
-    layer.scaling[ADAPTER] = size.alpha / size.rank
+    layer.r[ADAPTER], alpha[ADAPTER] = (size.rank, size.alpha) if size.alpha else (1, 1.0)
+    layer.scaling[ADAPTER] = size.scale
 
 
 def _inject(network: nn.Module, modules: Sequence[str], kind: Kind) -> dict[str, BaseTunerLayer]:

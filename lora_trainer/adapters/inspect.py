@@ -14,6 +14,7 @@ import torch
 
 from lora_trainer.adapters.hashes import model_hash
 from lora_trainer.adapters.load import Lora, read_adapter
+from lora_trainer.adapters.lycoris import Rotation, Scales
 from lora_trainer.adapters.naming import Factors, Weights
 from lora_trainer.errors import printable
 
@@ -43,7 +44,8 @@ _FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 1280: "S
 @dataclass(frozen=True)
 class Report:
     """Plain facts about a file. `norms`: Frobenius norm of what is added to the weights of each block, of DoRA before
-    it is normalised; None where it is not finite."""
+    it is normalised, of IA³ and OFT as a share of the weights (what is added to an identity); None where it is not
+    finite."""
 
     file: str
     kind: str
@@ -92,8 +94,8 @@ def describe(path: Path) -> Report:
         family=_family(lora),
         precision=lora.precision,
         modules=dict(Counter(_block(name)[0] for name in lora.factors)),
-        ranks=dict(Counter(f.rank for f in lora.factors.values())),
-        alphas=dict(Counter(f"{f.alpha:g}" for f in lora.factors.values())),
+        ranks=dict(Counter(f.rank for f in lora.factors.values() if f.rank is not None)),
+        alphas=dict(Counter(f"{f.alpha:g}" for f in lora.factors.values() if f.alpha is not None)),
         training={label: lora.metadata[key] for label, key in _TRAINING.items() if key in lora.metadata},
         hash_matches=None if said is None else said == model_hash(data),
         norms=_norms(lora.factors),
@@ -105,7 +107,7 @@ def _family(lora: Lora) -> str:
     said = lora.metadata.get("modelspec.architecture") or lora.metadata.get("ss_base_model_version")
     if said:
         return said
-    widths = {f.sizes[1] for name, f in lora.factors.items() if name.endswith("_attn2_to_k")}
+    widths = {f.sizes[1] for name, f in lora.factors.items() if name.endswith("_attn2_to_k") and f.sizes[1]}
     family = _FAMILIES.get(widths.pop()) if len(widths) == 1 else None
     return f"{family} (by its sizes)" if family else "an unnamed base model"
 
@@ -139,9 +141,16 @@ def _natural(name: str) -> list[tuple[bool, int, str]]:
 def _norm(f: Weights) -> float:
     if not isinstance(f, Factors):
         exact = {key: t.double() for key, t in vars(f).items() if isinstance(t, torch.Tensor)}
-        norm = replace(f, **exact).delta(torch.empty(f.sizes, device="meta")).norm().item()
+        norm = _change(replace(f, **exact)).norm().item()
         return norm if math.isfinite(norm) else math.nan
     return _product_norm(f)
+
+
+def _change(f: Weights) -> torch.Tensor:
+    """What is added to a weight, or to an identity where that depends on the weight."""
+    if isinstance(f, Rotation):
+        return f.turn()
+    return f.weight if isinstance(f, Scales) else f.delta(torch.empty(f.sizes, device="meta"))
 
 
 def _product_norm(f: Factors) -> float:
@@ -156,10 +165,9 @@ def _product_norm(f: Factors) -> float:
 
 def _warnings(factors: Mapping[str, Weights]) -> list[str]:
     # In float32, since some versions of torch lack these tests for 8-bit floats.
-    parts = {name: ([t.float() for t in f.parts().values()], torch.tensor(f.alpha)) for name, f in factors.items()}
-    parts = {name: (*tensors, alpha) for name, (tensors, alpha) in parts.items()}
-    broken = [name for name, tensors in parts.items() if not all(t.isfinite().all() for t in tensors)]
-    zero = [name for name, tensors in parts.items() if not all(t.any() for t in tensors)]
+    parts = {name: [t.float() for t in f.parts().values() if t.dim()] for name, f in factors.items()}
+    broken = [n for n, tensors in parts.items() if not all(t.isfinite().all() for t in tensors) or _strange(factors[n])]
+    zero = [n for n, tensors in parts.items() if not all(t.any() for t in tensors) or _silent(factors[n])]
     found = []
     if broken:
         found.append(f"{len(broken)} modules hold numbers that are not finite, such as {broken[0]}")
@@ -168,5 +176,16 @@ def _warnings(factors: Mapping[str, Weights]) -> list[str]:
     return found
 
 
+def _strange(f: Weights) -> bool:
+    return f.alpha is not None and not math.isfinite(f.alpha)
+
+
+def _silent(f: Weights) -> bool:
+    """Whether an alpha of 0 undoes it, which is no constraint for OFT."""
+    return f.alpha == 0 and not isinstance(f, Rotation)
+
+
 def _counts(values: Mapping[object, int]) -> str:
+    if not values:
+        return "none"
     return str(next(iter(values))) if len(values) == 1 else ", ".join(f"{v} (×{n})" for v, n in values.items())

@@ -11,19 +11,26 @@ from peft import LoHaConfig, LoKrConfig, LoraConfig
 from peft.tuners.lokr.layer import factorization
 from torch import Tensor
 
-from lora_trainer.adapters.lycoris import Hada, Kron
+from lora_trainer.adapters.lycoris import Hada, Kron, Rotation, Scales
 from lora_trainer.adapters.naming import Factors, Weights, column_norms
 
 
 @dataclass(frozen=True)
 class Size:
     """Of one module's adapter: its change of the weight is scaled by alpha / rank, and it learns `rate` times as fast
-    as its network. `factor`: of LoKr, the size of its small factor; None: near the square root."""
+    as its network. `factor`: of LoKr, the size of its small factor; None: near the square root. `on_input`: of IA³,
+    whether a linear layer's inputs are scaled. Of OFT `rank` is the size of its blocks, `alpha` its constraint."""
 
-    rank: int
-    alpha: float
+    rank: int | None
+    alpha: float | None
     rate: float = 1.0
     factor: int | None = None
+    on_input: bool = False
+
+    @property
+    def scale(self) -> float:
+        """1 where there is nothing to scale by: IA³ has no alpha, and OFT as it is trained here none but 0."""
+        return self.alpha / self.rank if self.alpha else 1.0
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,20 @@ def _lokr_start(weight: Tensor, size: Size, generator: torch.Generator) -> dict[
     return {**left, "w2_a": _drawn((b, rank), generator), "w2_b": torch.zeros(rank, d * kernel.numel())}
 
 
+def _ia3_start(weight: Tensor, size: Size, generator: torch.Generator) -> dict[str, Tensor]:
+    """Zeros. Hosts scale a convolution's inputs only."""
+    if size.on_input or weight.dim() == 4:
+        return {"weight": torch.zeros(1, weight.shape[1], *[1] * (weight.dim() - 2))}
+    return {"weight": torch.zeros(weight.shape[0], 1)}
+
+
+def _oft_start(weight: Tensor, size: Size, generator: torch.Generator) -> dict[str, Tensor]:
+    """Zeros, in the largest blocks that divide the outputs and are no larger than the rank."""
+    outputs = weight.shape[0]
+    block = next(n for n in range(min(size.rank, outputs), 0, -1) if outputs % n == 0)
+    return {"oft_blocks": torch.zeros(outputs // block, block, block)}
+
+
 def _drawn(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Kaiming uniform with a = sqrt 5."""
     start = torch.empty(shape)
@@ -101,7 +122,10 @@ LOKR = Kind(
     lambda modules: LoKrConfig(r=1, alpha=1, target_modules=list(modules)),
     _lokr_start,
 )
-KINDS = {kind.name: kind for kind in (LORA, DORA, LOHA, LOKR)}
+# PEFT's own IA³ scales biases too, and its OFT turns the inputs; LoKr's layers hold the tensors of ours.
+IA3 = Kind("ia3", Scales, {"weight": "ia3_weight"}, LOKR.config, _ia3_start)
+OFT = Kind("oft", Rotation, {"oft_blocks": "oft_blocks"}, LOKR.config, _oft_start)
+KINDS = {kind.name: kind for kind in (LORA, DORA, LOHA, LOKR, IA3, OFT)}
 
 
 def kind_of(weights: Weights) -> Kind:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from lora_trainer.adapters.lycoris import Rotation, Scales
 from lora_trainer.adapters.naming import Factors, Weights
 
 ADAPTER = "default"
@@ -35,14 +36,14 @@ class Change:
             return y
         base, delta = layer.get_base_layer(), self.delta().to(x.dtype)
         if isinstance(base, nn.Linear):
-            return y + self._kept(F.linear(x, delta))
+            return y + _kept(F.linear(x, delta), self.keep())
         change = F.conv2d(x, delta, None, base.stride, base.padding, base.dilation, base.groups)
         keep = self.keep()
         return y + (change if keep is None else change * keep.transpose(1, 2).unsqueeze(-1))
 
     def linear(self, x: Tensor) -> Tensor:
         """ΔW x of rows or pixels x [M, in]."""
-        return self._kept(F.linear(x, self.delta().to(x.dtype).flatten(1)))
+        return _kept(F.linear(x, self.delta().to(x.dtype).flatten(1)), self.keep())
 
     def delta(self) -> Tensor:
         """ΔW, times the strength, fp32 in the weight's shape."""
@@ -54,9 +55,31 @@ class Change:
     def _delta(self) -> Tensor:
         return self.weights().delta(self.layer.get_base_layer().weight) * strength(self.layer)
 
-    def _kept(self, y: Tensor) -> Tensor:
-        keep = self.keep()
-        return y if keep is None else (y.reshape(len(keep), -1, y.shape[-1]) * keep).view(y.shape)
+
+@dataclass(eq=False)
+class Turned:
+    """A change of what the weight answers: y = z + T z + b, z = W x, where T z costs little beside W x.
+
+    `keep` as in `Change`.
+    """
+
+    layer: BaseTunerLayer
+    weights: Callable[[], Scales | Rotation]
+    keep: Callable[[], Tensor | None] = lambda: None
+
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        y = self.layer.base_layer(x, *args, **kwargs)
+        if self.layer.disable_adapters:
+            return y
+        rows = y.movedim(1, -1) if y.dim() == 4 else y
+        change = self.linear(rows.reshape(-1, rows.shape[-1])).view(rows.shape)
+        return y + (change.movedim(-1, 1) if y.dim() == 4 else change)
+
+    def linear(self, y: Tensor) -> Tensor:
+        """T z of rows or pixels y = z + b [M, out]."""
+        bias = self.layer.get_base_layer().bias
+        change, at = self.weights().turned(y if bias is None else y - bias.to(y.dtype)), strength(self.layer)
+        return _kept(change if at == 1 else change * at, self.keep())
 
 
 @dataclass(eq=False)
@@ -91,6 +114,20 @@ class Decomposed:
                 plain = Factors(weights.down, weights.up, weights.alpha)
                 merged = weight.float() + plain.delta(weight)
             return weights.channels(merged)
+
+
+def computed(layer: BaseTunerLayer, weights: Callable[[], Weights]) -> Change | Turned | Decomposed:
+    """What computes `layer`, of which `weights` gives the live tensors."""
+    now = weights()
+    if isinstance(now, Factors):
+        return Decomposed(layer, weights)
+    turns = isinstance(now, Rotation) or (isinstance(now, Scales) and not now.on_input)
+    return (Turned if turns else Change)(layer, weights)
+
+
+def _kept(y: Tensor, keep: Tensor | None) -> Tensor:
+    """Of rows y [M, out] of samples what `keep` [B, 1, out] keeps."""
+    return y if keep is None else (y.reshape(len(keep), -1, y.shape[-1]) * keep).view(y.shape)
 
 
 def strength(layer: BaseTunerLayer) -> float:

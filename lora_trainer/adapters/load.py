@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from lora_trainer.adapters import peft_files
+from lora_trainer.adapters.lycoris import Scales
 from lora_trainer.adapters.metadata import CONFIG
 from lora_trainer.adapters.naming import TEXT_PREFIX, UNET_PREFIX, Weights, from_native, kohya_name
 from lora_trainer.adapters.parsing import weights_of
@@ -19,8 +20,9 @@ from lora_trainer.errors import ModelError, shown
 from lora_trainer.models.checkpoint import read_header, stored_tensors
 
 _KOHYA = re.compile(
-    r"(?P<name>lora_[a-z0-9]+_.+)\."
-    r"(?P<part>lora_(?:down|up|A|B)\.weight|alpha|dora_scale|hada_w[12]_[ab]|lokr_w[12](?:_[ab])?)"
+    r"(?P<name>(?:lora|oft)_[a-z0-9]+_[^.]+)\."
+    r"(?P<part>lora_(?:down|up|A|B)\.weight|alpha|dora_scale|hada_w[12]_[ab]|lokr_w[12](?:_[ab])?"
+    r"|weight|on_input|oft_blocks)"
 )
 # Older diffusers says lora.down, and lora_linear_layer.down in the text encoder.
 _DIFFUSERS = re.compile(
@@ -62,7 +64,7 @@ def read_lora(path: Path) -> Lora:
 
 
 def read_adapter(path: Path) -> Lora:
-    """The LoRA, DoRA, LoHa or LoKr in a .safetensors file, or the LoRA in a folder as PEFT saves it. Raises
+    """The LoRA, DoRA, LoHa, LoKr, IA³ or OFT in a .safetensors file, or the LoRA in a folder as PEFT saves it. Raises
     ModelError."""
     if path.is_dir():
         return _read_folder(path)
@@ -87,7 +89,7 @@ def read_adapter(path: Path) -> Lora:
     config = adapter_metadata(path, metadata.get(CONFIG) or "{}") | peft_files.settings(path, renamed.values())
     alphas = configured_alphas(path, config, {name: header[key]["shape"] for key, name in names.items()})
     factors = {name: weights_of(path, name, parts, alphas.get(name)) for name, parts in modules.items()}
-    precision = next(header[key]["dtype"] for key in keys if not key.endswith(("alpha", "dora_scale")))
+    precision = next(header[key]["dtype"] for key in keys if not key.endswith(("alpha", "dora_scale", "on_input")))
     own = {name: parts["alpha"] for name, parts in modules.items() if "alpha" in parts}
     form = "peft" if renamed else "kohya" if any(map(_KOHYA.fullmatch, names.values())) else "diffusers"
     return Lora(path, factors, metadata, precision, own, form)
@@ -122,12 +124,15 @@ def match(
     for name in wanted.keys() & modules.keys():
         weight, f = modules[name][1], wanted[name]
         # A 1×1 convolution's factors may come as a linear layer's, and the other way round.
-        (outputs, inputs), scale = f.sizes, f.parts().get("dora_scale")
-        if (outputs, inputs) != (weight.shape[0], weight[0].numel()):
+        scale, own = f.parts().get("dora_scale"), (weight.shape[0], _inputs(weight, f))
+        if any(size not in (None, expected) for size, expected in zip(f.sizes, own, strict=True)):
+            outputs, inputs = (size or "what it gets" for size in f.sizes)
             raise ModelError(
                 f"{lora.path}: made for another base model: {name} maps {inputs} to {outputs}, "
-                f"the model's own {weight[0].numel()} to {weight.shape[0]}"
+                f"the model's own {own[1]} to {own[0]}"
             )
+        if isinstance(f, Scales) and weight.dim() == 4 and not f.on_input:
+            raise ModelError(f"{lora.path}: {name} scales a convolution's outputs, as the WebUI does not")
         if scale is not None and scale.numel() != weight.shape[1]:
             raise ModelError(
                 f"{lora.path}: {name}.dora_scale has {scale.numel()} numbers; expected {weight.shape[1]}, one for each "
@@ -135,6 +140,11 @@ def match(
             )
     matched = {module: wanted[name] for name, (module, _) in modules.items() if name in wanted}
     return matched, [name for name in wanted if name not in modules]
+
+
+def _inputs(weight: Tensor, f: Weights) -> int:
+    """Of each output; IA³ has one number for all of a convolution's kernel."""
+    return weight.shape[1] if isinstance(f, Scales) else weight[0].numel()
 
 
 def _prefixes(keys: Iterable[str]) -> dict[str, str]:
@@ -147,7 +157,8 @@ def _prefixes(keys: Iterable[str]) -> dict[str, str]:
 def _place(key: str, prefixes: Mapping[str, str]) -> tuple[str, str] | None:
     """(kohya's module name, down | up | the part's own name) of a tensor; None for other kinds of adapter."""
     if found := _KOHYA.fullmatch(key):
-        return found["name"], _PARTS.get(found["part"], found["part"])
+        # kohya's OFT has a prefix of its own.
+        return re.sub("^oft_", "lora_", found["name"]), _PARTS.get(found["part"], found["part"])
     if found := _DIFFUSERS.fullmatch(key):
         part = "down" if found["part"].endswith(("A", "down")) else "up"
         return kohya_name(prefixes[found["network"]], found["name"]), part

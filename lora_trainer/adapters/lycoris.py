@@ -89,6 +89,99 @@ class Kron:
         return self.w2_a @ self.w2_b if self.w2 is None else self.w2
 
 
+@dataclass(frozen=True)
+class Scales:
+    """One module's IA³ (Liu et al. 2022, arXiv:2205.05638): W ∘ (1 + weight), the bias as it is. weight: [out, 1] for
+    the outputs, [1, in] or [1, in, 1, 1] for the inputs. It has no rank and no alpha."""
+
+    weight: Tensor
+    alpha: None = None
+    kind = "IA3"
+    rank = None
+
+    @property
+    def on_input(self) -> bool:
+        return self.weight.shape[0] == 1
+
+    @property
+    def sizes(self) -> tuple[int | None, int | None]:
+        count = self.weight.numel()
+        return (None, count) if self.on_input else (count, None)
+
+    def parts(self) -> dict[str, Tensor]:
+        """As LyCORIS has them: of a linear layer the numbers alone, of a convolution [1, in, 1, 1]."""
+        weight = self.weight if self.weight.dim() == 4 else self.weight.flatten()
+        return {"weight": weight, "on_input": torch.tensor(int(self.on_input))}
+
+    def delta(self, weight: Tensor) -> Tensor:
+        if self.on_input:
+            return weight * self.weight.view(1, -1, *[1] * (weight.dim() - 2))
+        return weight * self.weight
+
+    def turned(self, outputs: Tensor) -> Tensor:
+        """What is added to `outputs` W x [M, out] of rows x, for scales of the outputs."""
+        return outputs * self.weight.flatten().to(outputs.dtype)
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """One module's OFT (Qiu et al. 2023, arXiv:2306.07280): Rᵀ W, R orthogonal, of k blocks of n outputs each:
+    (I + Q)(I − Q)⁻¹ (Cayley), Q = oft_blocks − oft_blocksᵀ.
+
+    oft_blocks: [k, n, n], out = k n. alpha is a constraint in files of this kind: ‖Q‖ of all blocks is at
+    most alpha · out; 0: none.
+    """
+
+    oft_blocks: Tensor
+    alpha: float = 0.0
+    kind = "OFT"
+
+    @property
+    def rank(self) -> int:
+        """The size of a block."""
+        return self.oft_blocks.shape[1]
+
+    @property
+    def sizes(self) -> tuple[int, None]:
+        return self.oft_blocks.shape[0] * self.rank, None
+
+    def parts(self) -> dict[str, Tensor]:
+        return {"oft_blocks": self.oft_blocks}
+
+    def delta(self, weight: Tensor) -> Tensor:
+        return self.turned(weight.flatten(1).t().to(self.oft_blocks.dtype)).t().reshape(weight.shape)
+
+    def turned(self, outputs: Tensor) -> Tensor:
+        """What is added to `outputs` W x [M, out] of rows x: (R − I)ᵀ W x."""
+        blocks = outputs.reshape(len(outputs), *self.oft_blocks.shape[:2])
+        return torch.einsum("mkn,knp->mkp", blocks, self.turn().to(outputs.dtype)).reshape(outputs.shape)
+
+    def turn(self) -> Tensor:
+        """R − I, [k, n, n], in full precision whatever autocast says."""
+        with torch.autocast(self.oft_blocks.device.type, enabled=False):
+            q = self.oft_blocks - self.oft_blocks.transpose(1, 2)
+            if self.alpha:
+                norm = q.norm()
+                q = q * ((norm.clamp(max=self.alpha * self.sizes[0]) + 1e-8) / (norm + 1e-8))
+            # Equal to R − I, whose digits a difference of nearly equal numbers would lose.
+            return 2 * _inverse(q) @ q
+
+
+def _inverse(q: Tensor) -> Tensor:
+    """(I − Q)⁻¹ of skew-symmetric q [k, n, n], by Newton's iteration (Schulz 1933) from the transpose, which converges
+    for each: (I − Q)(I − Q)ᵀ has no eigenvalue outside of [1, 1 + ‖Q‖² / 2]. Solvers of CUDA wait for their result or
+    cannot be captured."""
+    eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
+    minus, twice = q - eye, (2 * eye).expand_as(q)
+    with torch.no_grad():
+        inverse = (eye + q) * (4 / (4 + q.square().sum((1, 2), keepdim=True)))
+        # Each doubles the digits that are right: enough where all that a block holds turns by 100°.
+        for _ in range(q.shape[-1].bit_length() + 2):
+            inverse = inverse @ torch.baddbmm(twice, minus, inverse)
+    # One step more, whose derivative is that of the inverse.
+    return inverse @ torch.baddbmm(twice, minus, inverse)
+
+
 def _shape(whole: Tensor | None, a: Tensor | None, b: Tensor | None) -> tuple[int, int]:
     """Of a factor as a matrix."""
     return (a.shape[0], b.shape[1]) if whole is None else (whole.shape[0], whole[0].numel())

@@ -22,10 +22,14 @@ class Weights(Protocol):
     """One module's adapter, as a file holds it."""
 
     @property
-    def alpha(self) -> float: ...
+    def alpha(self) -> float | None:
+        """None where there is none, in files too."""
+        ...
 
     @property
-    def rank(self) -> int: ...
+    def rank(self) -> int | None:
+        """None where it has none."""
+        ...
 
     @property
     def kind(self) -> str:
@@ -33,8 +37,9 @@ class Weights(Protocol):
         ...
 
     @property
-    def sizes(self) -> tuple[int, int]:
-        """(outputs, inputs of each) of the module: the numbers of a convolution's kernel count as inputs."""
+    def sizes(self) -> tuple[int | None, int | None]:
+        """(outputs, inputs of each) of the module: the numbers of a convolution's kernel count as inputs. None: the
+        tensors do not tell."""
         ...
 
     def parts(self) -> dict[str, Tensor]:
@@ -118,13 +123,14 @@ def from_native(name: str) -> str:
 
 
 def to_kohya(prefix: str, factors: Mapping[str, Weights]) -> dict[str, Tensor]:
-    """The tensors of `factors` (by module name) under kohya's names, each module with its true alpha. LyCORIS names its
-    own alike (github.com/KohakuBlueleaf/LyCORIS)."""
+    """The tensors of `factors` (by module name) under kohya's names, each module with its true alpha, if it has one.
+    LyCORIS names its own alike (github.com/KohakuBlueleaf/LyCORIS)."""
     tensors: dict[str, Tensor] = {}
     for module_name, f in factors.items():
         name = kohya_name(prefix, module_name)
         tensors |= {f"{name}.{part}": tensor for part, tensor in f.parts().items()}
-        tensors[f"{name}.alpha"] = torch.tensor(f.alpha, dtype=torch.float32)
+        if f.alpha is not None:
+            tensors[f"{name}.alpha"] = torch.tensor(f.alpha, dtype=torch.float32)
     return tensors
 
 

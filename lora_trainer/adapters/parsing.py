@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lora_trainer.adapters.lycoris import Hada, Kron
+from lora_trainer.adapters.lycoris import Hada, Kron, Rotation, Scales
 from lora_trainer.adapters.naming import Factors, Weights
 from lora_trainer.errors import ModelError
 
@@ -21,14 +21,13 @@ def weights_of(path: Path, name: str, parts: Mapping[str, Tensor], alpha: float 
         if parts["alpha"].numel() != 1:
             raise ModelError(f"{path}: {name}.alpha has {parts['alpha'].numel()} numbers; expected one")
         alpha = parts["alpha"].item()
-    families = {key.partition("_")[0] for key in tensors} & {"hada", "lokr"}
-    if len(families | ({"lora"} if tensors.keys() & {"down", "up"} else set())) > 1:
+    kinds = {_KINDS.get(key) or key.partition("_")[0] for key in tensors} - {"dora"}
+    if len(kinds) > 1:
         raise ModelError(f"{path}: {name} holds two kinds of adapter: {', '.join(sorted(tensors))}")
-    if families and "dora_scale" in tensors:
-        raise ModelError(f"{path}: {name} has a dora_scale beside {families.pop()}; expected one beside lora_down only")
-    if families:
-        return (_hada if families == {"hada"} else _kron)(path, name, tensors, alpha)
-    return _factors(path, name, tensors, alpha)
+    (kind,) = kinds or {"lora"}
+    if kind != "lora" and "dora_scale" in tensors:
+        raise ModelError(f"{path}: {name} has a dora_scale beside {kind}; expected one beside lora_down only")
+    return _READERS[kind](path, name, tensors, alpha)
 
 
 def _factors(path: Path, name: str, parts: Mapping[str, Tensor], alpha: float | None) -> Factors:
@@ -77,6 +76,36 @@ def _kron(path: Path, name: str, parts: Mapping[str, Tensor], alpha: float | Non
         raise ModelError(f"{path}: {name} has tensors that are no matrices; expected them for lokr, but for lokr_w2")
     kron = Kron(**tensors, alpha=1.0)
     return Kron(**tensors, alpha=float(kron.rank if alpha is None else alpha))
+
+
+def _scales(path: Path, name: str, parts: Mapping[str, Tensor], alpha: float | None) -> Scales:
+    for part in ("weight", "on_input"):
+        if part not in parts:
+            raise ModelError(f"{path}: {name} lacks its {part}")
+    weight, on_input = parts["weight"], parts["on_input"]
+    if on_input.numel() != 1:
+        raise ModelError(f"{path}: {name}.on_input has {on_input.numel()} numbers; expected one")
+    if weight.numel() == 0 or weight.numel() != max(weight.shape, default=1):
+        raise ModelError(f"{path}: {name}.weight has the shape {list(weight.shape)}; expected one number a channel")
+    if on_input.item() == 0:
+        return Scales(weight.reshape(-1, 1))
+    return Scales(weight.reshape(1, -1, *weight.shape[2:]))
+
+
+def _rotation(path: Path, name: str, parts: Mapping[str, Tensor], alpha: float | None) -> Rotation:
+    if "oft_blocks" not in parts:
+        raise ModelError(f"{path}: {name} lacks its oft_blocks")
+    blocks = parts["oft_blocks"]
+    if blocks.dim() == 4:
+        raise ModelError(f"{path}: {name}.oft_blocks has four dimensions, as BOFT has them; expected OFT's three")
+    if blocks.dim() != 3 or blocks.shape[1] != blocks.shape[2] or 0 in blocks.shape:
+        raise ModelError(f"{path}: {name}.oft_blocks has the shape {list(blocks.shape)}; expected [k, n, n]")
+    return Rotation(blocks, alpha=float(alpha or 0.0))
+
+
+# The kinds of tensors that do not begin with it.
+_KINDS = {"down": "lora", "up": "lora", "weight": "ia3", "on_input": "ia3"}
+_READERS = {"lora": _factors, "hada": _hada, "lokr": _kron, "ia3": _scales, "oft": _rotation}
 
 
 def _product(path: Path, name: str, one: tuple[int, ...], other: tuple[int, ...]) -> None:

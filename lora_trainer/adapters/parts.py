@@ -79,7 +79,7 @@ def whole_attention(factors: Mapping[str, Weights]) -> dict[str, Weights]:
     for name, f in factors.items():
         attention, _, projection = name.rpartition(".")
         if projection in _ATTENTION:
-            width = f.sizes[1]
+            width = next(size for size in f.sizes if size)
             nothing = Factors(torch.zeros(1, width), torch.zeros(width, 1), 1.0)
             whole |= {f"{attention}.{p}": nothing for p in _ATTENTION if f"{attention}.{p}" not in whole}
     return whole

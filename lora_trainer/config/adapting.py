@@ -17,8 +17,12 @@ class Adapting(Judging, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Part of `schema.Config`."""
 
     adapter: Annotated[
-        Literal["lora", "dora", "loha", "lokr"],
-        about(LORA, "What is trained: a LoRA, one whose strength is learned apart (DoRA), or LyCORIS' LoHa or LoKr."),
+        Literal["lora", "dora", "loha", "lokr", "ia3", "oft"],
+        about(
+            LORA,
+            "What is trained: a LoRA, one whose strength is learned apart (DoRA), LyCORIS' LoHa or LoKr, a scale for "
+            "each channel (IA³), or rotations (OFT).",
+        ),
     ] = "lora"
     lora_rank: Annotated[
         int, about(LORA, "How much the LoRA can hold, and its file size. 4 to 16 for a style.", ge=1, le=1024)

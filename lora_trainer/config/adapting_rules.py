@@ -13,6 +13,12 @@ BLOCKS = ("block_ranks", "block_alphas", "block_lrs")
 ONE_RATE = ("prodigy",)
 SCHEDULE_FREE = ("adamwschedulefree", "prodigyplusschedulefree")
 
+# Kinds of adapters without up and down matrices, and those without an alpha.
+WITHOUT_PRODUCT = ("loha", "lokr", "ia3", "oft")
+WITHOUT_ALPHA = ("ia3", "oft")
+ALPHAS = ("rank_stabilized", "conv_alpha", "block_alphas", "text_encoder_alpha")
+RANKS = ("lora_rank", "conv_rank", "text_encoder_rank")
+
 
 def _networks(config: Adapting) -> Iterator[str]:
     if not (config.train_unet or config.train_text_encoder):
@@ -68,7 +74,7 @@ def _one_rate(config: Adapting, key: str, found: str) -> str:
 
 def _kinds(config: Adapting) -> Iterator[str]:
     kind = config.adapter
-    if kind in ("loha", "lokr") and config.loraplus_lr_ratio not in (None, 1):
+    if kind in WITHOUT_PRODUCT and config.loraplus_lr_ratio not in (None, 1):
         yield f"loraplus_lr_ratio: expected 1, since {kind} has no up and down matrices"
     if kind != "lora" and config.scale_weight_norms:
         yield f"scale_weight_norms: expected adapter lora beside it, found {kind}"
@@ -76,6 +82,11 @@ def _kinds(config: Adapting) -> Iterator[str]:
         yield f"output_format: expected webui, since diffusers reads no {kind} as it is trained here"
     if kind != "lora" and config.initial_lora is not None:
         yield f"initial_lora: expected adapter lora beside it, found {kind}"
+    if kind in WITHOUT_ALPHA:
+        yield from (f"{key}: expected none, since {kind} has no alpha" for key in ALPHAS if getattr(config, key))
+    if kind == "oft":
+        small = [key for key in RANKS if getattr(config, key) == 1]
+        yield from (f"{key}: expected 2 or more, the size of the blocks that oft turns, found 1" for key in small)
     if config.lokr_factor and kind != "lokr":
         yield f"lokr_factor: expected adapter lokr beside it, found {kind}"
 

@@ -64,7 +64,7 @@ _REASONS = {
     "lowram": "not needed",
     "no_half_vae": "a VAE that overflows is asked again in fp32",
     "network_args": "those of this network_module are not known here",
-    "network_module": "LoRA, LoHa and LoKr are trained here",
+    "network_module": "LoRA, LoHa, LoKr, IA³ and OFT are trained here",
     "lr_scheduler_num_cycles": "only cosine_with_restarts has cycles",
     "lr_restart_cycles": "only cosine_with_restarts has cycles",
     "lr_scheduler_power": "only polynomial has a power",

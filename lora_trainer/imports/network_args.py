@@ -1,15 +1,18 @@
-"""What `network_module` and `network_args` of kohya's trainer mean here: networks/lora.py of sd-scripts, and the
-arguments of LyCORIS' module for it (lycoris/kohya.py)."""
+"""What `network_module` and `network_args` of kohya's trainer mean here: networks/lora.py and networks/oft.py of
+sd-scripts, and the arguments of LyCORIS' module for it (lycoris/kohya.py)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+from lora_trainer.config.adapting_rules import ALPHAS, WITHOUT_ALPHA
 from lora_trainer.imports.taken import Taken
 
-_LORA, _LYCORIS = "networks.lora", "lycoris.kohya"
-_ALGORITHMS = {"lora": "lora", "locon": "lora", "loha": "loha", "lokr": "lokr"}
+_LORA, _LYCORIS, _OFT = "networks.lora", "lycoris.kohya", "networks.oft"
+_ALGORITHMS = {"lora": "lora", "locon": "lora", "loha": "loha", "lokr": "lokr", "ia3": "ia3", "diag-oft": "oft"}
+# What LyCORIS' preset ia3 trains of a UNet.
+_IA3 = ("to_k", "to_v", "ff.net.2")
 _SAME = {
     "conv_dim": "conv_rank",
     "conv_alpha": "conv_alpha",
@@ -22,7 +25,12 @@ _REASONS = {
     "use_tucker": "convolutions are not decomposed further here",
     "use_cp": "convolutions are not decomposed further here",
     "dropout": "network_dropout is the same for a LoRA; LoHa and LoKr have none",
-    "preset": "only full and attn-mlp are known here: target_modules and exclude_modules choose",
+    "constraint": "how far OFT turns is not limited here",
+    "rescaled": "OFT only turns here",
+    "train_on_input": "IA³ scales the inputs of convolutions and of second feed-forward layers here",
+    "enable_all_linear": "target_modules chooses",
+    "enable_conv": "conv_rank does that here",
+    "preset": "only full, attn-mlp and ia3 are known here: target_modules and exclude_modules choose",
     "block_lr_zero_threshold": "does nothing without rates of blocks",
 }
 # Sides by how many numbers there are of blocks: Stable Diffusion 1 and 2, SDXL (with one before and one after them).
@@ -33,7 +41,7 @@ def network(taken: Taken, values: dict[str, Any]) -> None:
     """Take the network's kind, its arguments and its largest norm out of `values`; what is left there has no
     counterpart."""
     module, given = values.get("network_module", _LORA), _arguments(values.get("network_args"))
-    if given is None or module not in (_LORA, _LYCORIS):
+    if given is None or module not in (_LORA, _LYCORIS, _OFT):
         return
     algorithm = str(given.get("algo", "lora")).lower()
     if module == _LYCORIS and algorithm not in _ALGORITHMS:
@@ -41,6 +49,8 @@ def network(taken: Taken, values: dict[str, Any]) -> None:
     values.pop("network_module", None)
     if given:
         del values["network_args"]
+    if module == _OFT:
+        _oft(taken, values)
     if values.get("scale_weight_norms"):
         taken.take("scale_weight_norms", values.pop("scale_weight_norms"), "scale_weight_norms")
     rank, alpha = values.get("network_dim", 4), values.get("network_alpha", 1) or values.get("network_dim", 4)
@@ -53,6 +63,10 @@ def network(taken: Taken, values: dict[str, Any]) -> None:
             taken.take(ours, given.pop(theirs), theirs)
     _ranks(taken, given, rank, alpha)
     _rates(taken, given)
+    kind = taken.settings.get("adapter")
+    for key in ALPHAS if kind in WITHOUT_ALPHA else ():
+        if key in taken.settings:
+            taken.leave(key, taken.settings.pop(key), f"{kind} has no alpha")
     taken.leave_all(given, _REASONS, "network_args ")
 
 
@@ -73,13 +87,26 @@ def _lycoris(taken: Taken, given: dict[str, Any], kind: str, rank: object, alpha
     elif kind == "lokr":
         taken.take("lokr_factor", given.pop("factor"), "network_args factor")
     preset = given.get("preset", "full")
-    if preset not in ("full", "attn-mlp"):
+    if preset not in ("full", "attn-mlp", "ia3"):
         return
     given.pop("preset", None)
+    if preset == "ia3":
+        taken.take("target_modules", list(_IA3), "network_args preset")
     if preset == "full":
         # What is not said of convolutions is as the rest there.
         given["conv_dim"], given["conv_alpha"] = given.get("conv_dim") or rank, given.get("conv_alpha") or alpha
         taken.remarks.append("LyCORIS' full preset trains the outermost layers of the UNet too, which no run here does")
+
+
+def _oft(taken: Taken, values: dict[str, Any]) -> None:
+    taken.take("adapter", "oft", "network_module")
+    reasons = {
+        "network_dim": "the number of blocks there; here lora_rank is the size of one",
+        "network_alpha": "a limit of how far it turns there, which no run here has",
+    }
+    for key, why in reasons.items():
+        if key in values:
+            taken.leave(key, values.pop(key), why)
 
 
 def _ranks(taken: Taken, given: dict[str, Any], rank: object, alpha: object) -> None:

@@ -193,6 +193,8 @@ _TRANSFORMERS = {
     "head.modulation": "a Wan checkpoint",
 }
 _NF4 = (".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4", ".weight.absmax")
+# What tensors of adapters are called.
+_ADAPTERS = (".lora_down.", ".lora_A.", ".hada_w1_a", ".lokr_w1", ".oft_blocks", ".on_input")
 # The number of channels a UNet takes: the noisy latents alone, or with mask and latents of what it leaves (inpainting).
 _TRAINED = (4, 9)
 _SHOWN_MORE = {8: "an editing checkpoint", 5: "a depth checkpoint", 7: "an upscaler"}
@@ -209,7 +211,7 @@ def detect(shapes: Shapes, name: str) -> Family:
     other = _other(shapes)
     if other is not None:
         raise ModelError(f"{name}: this is {other}; expected {SUPPORTED}")
-    if any(part in key for key in shapes for part in (".lora_down.", ".lora_A.", ".hada_w1_a", ".lokr_w1")):
+    if any(part in key for key in shapes for part in _ADAPTERS):
         raise ModelError(f"{name}: this is a LoRA, not a checkpoint; base_model must name {SUPPORTED}")
     family = _by_text(shapes)
     missing = [

@@ -15,10 +15,19 @@ from lora_trainer.adapters.naming import text_name
 from lora_trainer.adapters.parts import layer_name, ldm_names
 from lora_trainer.adapters.targets import block_of, filtered, select, select_text
 from lora_trainer.config import Config
-from lora_trainer.config.adapting_rules import BLOCKS, ONE_RATE
+from lora_trainer.config.adapting_rules import BLOCKS, ONE_RATE, WITHOUT_PRODUCT
 from lora_trainer.config.blocks import block_values, ranks, value_of
 from lora_trainer.errors import ConfigError
 from lora_trainer.models.text import ClipEncoder
+
+# Where IA³ scales the inputs, which are a feed-forward layer's inner values.
+ON_INPUT = ("ff.net.2", "mlp.fc2")
+# What is said of kinds whose sizes are no LoRA's.
+SAID = {
+    "ia3": "one number a channel is learned, which wants a learning_rate of 5e-3 or more; lora_rank and lora_alpha do "
+    "nothing; A1111 applies it, Forge and reForge do not",
+    "oft": "lora_rank is the size of its blocks, lora_alpha does nothing; A1111 and reForge apply it, Forge does not",
+}
 
 
 def unet_sizes(config: Config, unet: UNet2DConditionModel) -> dict[str, Size]:
@@ -37,7 +46,7 @@ def unet_sizes(config: Config, unet: UNet2DConditionModel) -> dict[str, Size]:
             size = _size(config, rank, alpha)
             if config.conv_rank and _is_conv(unet.get_submodule(name)):
                 size = conv_size(config)
-            sizes[name] = replace(size, rate=rate)
+            sizes[name] = replace(size, rate=rate, on_input=name.endswith(ON_INPUT))
     if not sizes:
         raise ConfigError(["block_ranks: expected a block that is trained, found 0 in all"])
     return sizes
@@ -52,7 +61,7 @@ def text_sizes(config: Config, encoder: ClipEncoder, network: str) -> dict[str, 
     size = _size(config, rank, config.text_encoder_alpha)
     called = {name: text_layer(network, name) for name in names}
     kept = _filtered(config, list(called.values()), f"the {network.replace('_', ' ')}")
-    return {name: size for name in names if called[name] in kept}
+    return {name: replace(size, on_input=name.endswith(ON_INPUT)) for name in names if called[name] in kept}
 
 
 def text_layer(network: str, name: str) -> str:
@@ -84,8 +93,10 @@ def up_ratio_of(config: Config) -> float:
 
 
 def adapter_notices(config: Config) -> Iterator[str]:
-    """What a kind of adapter does not do."""
-    if config.adapter in ("loha", "lokr") and config.lora_dropout:
+    """What a kind of adapter does not do, and which hosts do not know it."""
+    if config.adapter in SAID:
+        yield f"adapter {config.adapter}: {SAID[config.adapter]}"
+    if config.adapter in WITHOUT_PRODUCT and config.lora_dropout:
         yield (
             f"lora_dropout: {config.adapter} has no inner values to leave out, {config.lora_dropout:g} does nothing; "
             "rank_dropout and module_dropout work"
@@ -103,8 +114,12 @@ def conv_size(config: Config) -> Size:
 
 
 def _size(config: Config, rank: int, alpha: float | None) -> Size:
-    """The alpha of a file, which loaders divide by the rank. Rank-stabilised LoRA (Kalajdzievski 2023,
-    arXiv:2312.03732) divides by its root instead."""
+    """The alpha of a file, which loaders divide by the rank; OFT's is a constraint, of which 0 is none.
+    Rank-stabilised LoRA (Kalajdzievski 2023, arXiv:2312.03732) divides by its root instead."""
+    if config.adapter == "ia3":
+        return Size(None, None)
+    if config.adapter == "oft":
+        return Size(rank, 0.0)
     if config.rank_stabilized:
         return Size(rank, (alpha_of(config) if alpha is None else alpha) * math.sqrt(rank), factor=config.lokr_factor)
     alpha = alpha_of(config) * (rank / config.lora_rank) if alpha is None else alpha

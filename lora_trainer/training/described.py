@@ -8,7 +8,7 @@ from lora_trainer.config import Config
 from lora_trainer.training.chosen import conv_size, learning_rate_of, up_ratio_of, usual_size
 
 # What LyCORIS calls them.
-LYCORIS = {"dora": "lora", "loha": "loha", "lokr": "lokr"}
+LYCORIS = {"dora": "lora", "loha": "loha", "lokr": "lokr", "ia3": "ia3", "oft": "diag-oft"}
 
 
 def kohya_settings(config: Config) -> dict[str, object]:
@@ -28,8 +28,8 @@ def kohya_settings(config: Config) -> dict[str, object]:
         "optimizer": optimizer_name(config),
         "max_grad_norm": config.max_grad_norm,
         "network_module": "networks.lora" if config.adapter == "lora" else "lycoris.kohya",
-        "network_dim": config.lora_rank,
-        "network_alpha": f"{usual_size(config).alpha:g}",
+        "network_dim": usual_size(config).rank,
+        "network_alpha": _number(usual_size(config).alpha),
         "network_dropout": config.lora_dropout,
         "mixed_precision": config.mixed_precision,
         "full_fp16": False,
@@ -60,7 +60,7 @@ def adapter_settings(config: Config) -> dict[str, object]:
         "dora_wd": config.adapter == "dora",
         "factor": config.lokr_factor,
         "conv_dim": config.conv_rank,
-        "conv_alpha": config.conv_rank and f"{conv_size(config).alpha:g}",
+        "conv_alpha": config.conv_rank and _number(conv_size(config).alpha),
         "rank_dropout": config.rank_dropout,
         "module_dropout": config.module_dropout,
         "loraplus_lr_ratio": ratio if (ratio := up_ratio_of(config)) != 1 else None,
@@ -71,6 +71,10 @@ def adapter_settings(config: Config) -> dict[str, object]:
     given = {key: str(value) for key, value in asked.items() if value}
     found: dict[str, object] = {"network_args": json.dumps(given)} if given else {}
     return found | ({"scale_weight_norms": config.scale_weight_norms} if config.scale_weight_norms else {})
+
+
+def _number(value: float | None) -> str | None:
+    return None if value is None else f"{value:g}"
 
 
 def optimizer_name(config: Config) -> str:

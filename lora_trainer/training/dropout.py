@@ -16,7 +16,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from lora_trainer.adapters.layers import Change
+from lora_trainer.adapters.layers import Change, Turned
 from lora_trainer.kernels.site import Draw
 from lora_trainer.training.randomness import keep_mask
 
@@ -103,7 +103,7 @@ class LoraDropout:
         downs: Mapping[str, nn.Module],
         shares: Shares,
         dtype: torch.dtype = torch.float32,
-        changes: Mapping[str, Change] = MappingProxyType({}),
+        changes: Mapping[str, Change | Turned] = MappingProxyType({}),
     ) -> None:
         self.shares, self.dtype = shares, dtype
         self._ranks = {name: layer.weight.shape[0] for name, layer in downs.items()}

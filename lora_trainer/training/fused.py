@@ -20,7 +20,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_trainer.adapters.layers import Change, Decomposed, strength
+from lora_trainer.adapters.layers import Change, Decomposed, Turned, strength
 from lora_trainer.kernels.plain import PlainOps, like
 from lora_trainer.kernels.site import Site
 from lora_trainer.training.patching import patch
@@ -35,7 +35,7 @@ class Fused:
     dtype: torch.dtype
     sites: Mapping[nn.Module, Site]
     kernels: Mapping[nn.Module, Tensor] = field(default_factory=dict)
-    computed: Mapping[nn.Module, Change | Decomposed] = field(default_factory=dict)
+    computed: Mapping[nn.Module, Change | Turned | Decomposed] = field(default_factory=dict)
 
     def linear(self, layer: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """A linear layer or 1×1 convolution on x [M, in], with its LoRA if it has one, plus `residual` [M, out]."""
@@ -55,6 +55,8 @@ class Fused:
         y = F.linear(x, weight, bias)
         if isinstance(computed, Change):
             y = y + computed.linear(x)
+        if isinstance(computed, Turned):
+            y = y + computed.linear(y)
         return y if residual is None else y + residual
 
     def conv(self, conv: nn.Conv2d, x: Tensor, *, bias: bool = True) -> Tensor:
@@ -170,10 +172,11 @@ def _tokens(x: Tensor) -> Tensor:
 
 
 def _is_linear(layer: nn.Module, fused: Fused) -> bool:
-    """A layer that `Fused.linear` computes: plain, with a LoRA site, or with a change that is computed whole."""
+    """A layer that `Fused.linear` computes: plain, with a LoRA site, or with a change beside it."""
     if not isinstance(layer, BaseTunerLayer):
         return is_linear(layer)
-    return layer in fused.sites or (isinstance(fused.computed.get(layer), Change) and is_linear(layer.get_base_layer()))
+    beside = isinstance(fused.computed.get(layer), (Change, Turned))
+    return layer in fused.sites or (beside and is_linear(layer.get_base_layer()))
 
 
 def _is_resnet(block: ResnetBlock2D, fused: Fused) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ from lora_trainer.training.rescue import rescued
 from lora_trainer.training.segment import Segment, State
 
 # The tensors of each kind of adapter that are zero before the first step.
-BEGIN_AT_ZERO = ("lora_up.weight", "lora_B.weight", "hada_w2_b", "lokr_w2", "lokr_w2_b")
+BEGIN_AT_ZERO = re.compile(r".+\.(?:lora_up\.weight|lora_B\.weight|hada_w2_b|lokr_w2(?:_b)?|oft_blocks)|[^.]+\.weight")
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 
 
@@ -218,7 +219,7 @@ def refuse_nonsense(file: str, tensors: Mapping[str, Tensor]) -> None:
             f"{file}: not written: {len(broken)} of its {len(tensors)} tensors are not finite ({broken[0]}). Train "
             "again with a lower learning_rate, or with mixed_precision bf16 or no"
         )
-    ups = [tensor for name, tensor in tensors.items() if name.endswith(BEGIN_AT_ZERO)]
+    ups = [tensor for name, tensor in tensors.items() if BEGIN_AT_ZERO.fullmatch(name)]
     if not any(up.any() for up in ups):
         raise OutputError(
             f"{file}: not written: nothing was learned, all of its {len(ups)} modules are still zero. Train longer, or "

@@ -153,7 +153,7 @@ class Segment:
             trainable=self.trainables.count,
             total=self.base_count,
             modules=self.modules,
-            scale=usual.alpha / usual.rank,
+            scale=usual.scale,
         )
 
     @property
@@ -273,7 +273,7 @@ def _assemble(
 ) -> Segment:
     device, trainables = model.facts.device, working.trainables
     scaler = LossScaler(device, enabled=network.precision.compute == torch.float16)
-    scales = {n: size.alpha / size.rank for adapter in adapters.values() for n, size in adapter.sizes.items()}
+    scales = {n: size.scale for adapter in adapters.values() for n, size in adapter.sizes.items()}
     optimizer = optimizer_of(config, trainables, scales)
     captures = Captures(device, enabled=tier.captured, deterministic=config.deterministic)
     loss = torch.zeros((), device=device)

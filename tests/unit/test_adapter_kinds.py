@@ -16,8 +16,9 @@ from torch.nn import functional as F
 from lora_trainer.adapters.inspect import describe
 from lora_trainer.adapters.kinds import KINDS
 from lora_trainer.adapters.load import read_adapter, read_lora
+from lora_trainer.adapters.lycoris import Rotation, Scales
 from lora_trainer.adapters.naming import kohya_name
-from lora_trainer.adapters.parts import parts_of
+from lora_trainer.adapters.parts import parts_of, whole_attention
 from lora_trainer.config import build
 from lora_trainer.errors import ConfigError, ModelError
 from lora_trainer.events import Notice
@@ -32,7 +33,7 @@ from tests.unit.test_text_encoder import NoWaiting, batch
 
 CPU = torch.device("cpu")
 NEEDED = {"base_model": "x", "train_data_dir": "x", "mixed_precision": "no", "lora_dropout": 0.0}
-OTHER = ("dora", "loha", "lokr")
+OTHER = ("dora", "loha", "lokr", "ia3", "oft")
 WIDE = {"target_modules": ["default", "conv"], "train_text_encoder": True, "lora_rank": 3, "lora_alpha": 4}
 
 
@@ -99,10 +100,11 @@ def reference(segment, path: Path, given) -> dict[str, torch.Tensor]:
     leaves, changed = {}, {}
     for name, f in adapter.factors().items():
         weight = plain.get_submodule(name).weight.detach()
-        parts = {key: tensor.double().requires_grad_() for key, tensor in f.parts().items()}
+        parts = {key: tensor.double().requires_grad_() for key, tensor in f.parts().items() if tensor.dim()}
         called = {"lora_down.weight": "lora_A", "lora_up.weight": "lora_B", "dora_scale": "magnitude"}
+        called |= {"weight": "ia3_weight"}
         leaves |= {f"{name}.{called.get(key, key)}": leaf for key, leaf in parts.items()}
-        held = {**parts, "alpha": torch.tensor(f.alpha)}
+        held = {**f.parts(), **parts} | ({} if f.alpha is None else {"alpha": torch.tensor(f.alpha)})
         scale = held.pop("dora_scale", None)
         merged = weight + added(held, weight)
         if scale is not None:
@@ -235,7 +237,11 @@ def test_files_have_the_names_of_lycoris_and_inspection_tells_the_kind(settings)
         "dora": {"lora_down.weight", "lora_up.weight", "dora_scale", "alpha"},
         "loha": {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "alpha"},
         "lokr": {"lokr_w1", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "alpha"},
+        "ia3": {"weight", "on_input"},
+        "oft": {"oft_blocks", "alpha"},
     }
+    algorithms = {"dora": "lora", "oft": "diag-oft"}
+    names = {"dora": "DoRA", "loha": "LoHa", "lokr": "LoKr", "ia3": "IA3", "oft": "OFT"}
     for kind in OTHER:
         events, data = train(settings, adapter=kind, max_train_steps=2, resolution=64)
         path = Path(settings["output_dir"]) / "tiny.safetensors"
@@ -244,12 +250,18 @@ def test_files_have_the_names_of_lycoris_and_inspection_tells_the_kind(settings)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
         assert header["ss_network_module"] == "lycoris.kohya"
         algorithm = json.loads(header["ss_network_args"])
-        assert algorithm["algo"] == ("lora" if kind == "dora" else kind)
-        name = {"dora": "DoRA", "loha": "LoHa", "lokr": "LoKr"}[kind]
+        assert algorithm["algo"] == algorithms.get(kind, kind)
+        name = names[kind]
         report, factors = describe(path), read_adapter(path).factors
         assert report.kind == name
+        assert report.warnings == ()
         if kind != "dora":
-            norms = [added(modules_of(load(data))[name], torch.zeros(f.sizes)).norm() for name, f in factors.items()]
+            # Of kinds whose change depends on the weight that of an identity.
+            sizes = {name: [size for size in f.sizes if size] for name, f in factors.items()}
+            like = {name: torch.eye(*of) if len(of) == 1 else torch.zeros(of) for name, of in sizes.items()}
+            if kind == "ia3":
+                like = {name: of[(...,) + (None,) * (factors[name].weight.dim() - 2)] for name, of in like.items()}
+            norms = [added(modules_of(load(data))[name], weight).norm() for name, weight in like.items()]
             assert sum(norm**2 for norm in report.norms.values()) == pytest.approx(sum(n.item() ** 2 for n in norms))
         told = any("lora_dropout" in notice.text for notice in of(events, Notice))
         assert told == (kind != "dora")
@@ -268,6 +280,59 @@ def test_lokr_is_whole_where_a_product_would_not_be_smaller(checkpoint):
         assert f.scale == 0.5
 
 
+def test_oft_turns_by_any_angle_and_is_read_with_a_constraint(tmp_path):
+    """A rotation keeps lengths; kohya's names and constraint, which no run here has."""
+    for size in (0.01, 0.1, 0.4):
+        blocks = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(1)) * size
+        weight = torch.randn(32, 5, dtype=torch.float64)
+        turn = Rotation(blocks).turn() + torch.eye(8)
+        assert (turn @ turn.transpose(1, 2) - torch.eye(8)).abs().max() < 1e-5, size
+        for constraint in (0.0, 0.05, 1e3):
+            file = tmp_path / "oft.safetensors"
+            held = {"oft_blocks": blocks, "alpha": torch.tensor(constraint)}
+            save_file({f"oft_unet_input_blocks_1_1_proj_in.{part}": tensor for part, tensor in held.items()}, file)
+            (f,) = read_adapter(file).factors.values()
+            assert (f.kind, f.rank, f.sizes) == ("OFT", 8, (32, None))
+            expected = added({part: tensor.double() for part, tensor in held.items()}, weight)
+            assert (f.delta(weight) - expected).abs().max() < 1e-5, (size, constraint)
+
+
+def test_ia3_scales_inner_values_where_they_come_in_and_channels_where_they_go_out(checkpoint):
+    changes = {"adapter": "ia3", "target_modules": ["default", "conv"], "train_text_encoder": True}
+    with opened(checkpoint, **changes) as segment:
+        learned = {name: f for adapter in segment.adapters.values() for name, f in adapter.factors().items()}
+        inputs = {name for name, f in learned.items() if f.on_input}
+        convs = {name for name, f in learned.items() if f.weight.dim() == 4}
+        assert convs < inputs
+        assert all(name.endswith(("ff.net.2", "mlp.fc2")) for name in inputs - convs)
+        assert len(inputs - convs) == sum(name.endswith(("ff.net.2", "mlp.fc2")) for name in learned)
+
+
+def test_ia3_of_a_convolutions_outputs_is_refused(settings):
+    """The WebUI would not apply it."""
+    train(settings, adapter="ia3", max_train_steps=1, resolution=64, conv_rank=1)
+    path = Path(settings["output_dir"]) / "tiny.safetensors"
+    turned = load(path.read_bytes())
+    key = min(key for key in turned if key.endswith("resnets_0_conv1.on_input"))
+    turned[key] = torch.tensor(0)
+    name = key.removesuffix(".on_input")
+    weight = open_model(Path(settings["base_model"]), CPU).unet.get_submodule("down_blocks.0.resnets.0.conv1").weight
+    assert name == "lora_unet_down_blocks_0_resnets_0_conv1"
+    turned[f"{name}.weight"] = torch.ones(1, len(weight), 1, 1)
+    save_file(turned, path)
+    with pytest.raises(ModelError, match="conv1 scales a convolution's outputs, as the WebUI does not"):
+        apply_lora(open_model(Path(settings["base_model"]), CPU), path)
+
+
+@pytest.mark.parametrize("f", [Scales(torch.ones(8, 1)), Scales(torch.ones(1, 8)), Rotation(torch.ones(2, 4, 4))])
+def test_a_packed_attention_is_completed_by_zeros_of_its_width(f):
+    """The WebUI applies all four or none."""
+    whole = whole_attention({"layers.0.self_attn.q_proj": f, "layers.0.mlp.fc1": f})
+    added = {name.rpartition(".")[2]: of for name, of in whole.items() if of is not f}
+    assert added.keys() == {"k_proj", "v_proj", "out_proj"}
+    assert all((of.kind, of.sizes, bool(of.up.any())) == ("LoRA", (8, 8), False) for of in added.values())
+
+
 GOOD = {"hada_w1_a": (5, 2), "hada_w1_b": (2, 6), "hada_w2_a": (5, 2), "hada_w2_b": (2, 6)}
 
 
@@ -283,11 +348,21 @@ GOOD = {"hada_w1_a": (5, 2), "hada_w1_b": (2, 6), "hada_w2_a": (5, 2), "hada_w2_
         ({"lokr_w1": (2, 2), "lokr_w2_a": (3, 2)}, "lacks its lokr_w2"),
         ({"lokr_w1": (2,), "lokr_w2": (3, 2)}, "no matrices"),
         ({"lora_up.weight": (5, 2), "lora_down.weight": (2, 6), "hada_t1": (2, 2, 3, 3)}, "of another adapter"),
+        ({"lora_up.weight": (5, 2), "lora_down.weight": (2, 6), "lora_mid.weight": (2, 2, 3, 3)}, "of another adapter"),
+        ({"weight": (5,)}, "lacks its on_input"),
+        ({"on_input": ()}, "lacks its weight"),
+        ({"weight": (5,), "on_input": (2,)}, "on_input has 2 numbers"),
+        ({"weight": (5, 2), "on_input": ()}, r"shape \[5, 2\]; expected one number a channel"),
+        ({"oft_blocks": (2, 3, 4)}, r"shape \[2, 3, 4\]; expected \[k, n, n\]"),
+        ({"oft_blocks": (1, 2, 4, 4)}, "as BOFT has them"),
+        ({"oft_blocks": (2, 4, 4), "rescale": (8, 1)}, "of another adapter"),
+        ({"oft_blocks": (2, 4, 4), "weight": (8,)}, "holds two kinds of adapter"),
     ],
 )
 def test_broken_files_are_named(tmp_path, parts, words):
     path = tmp_path / "a.safetensors"
-    save_file({f"lora_unet_x.{part}": torch.ones(shape) for part, shape in parts.items() if shape}, path)
+    shaped = {part: shape for part, shape in parts.items() if shape is not None}
+    save_file({f"lora_unet_x.{part}": torch.ones(shape) for part, shape in shaped.items()}, path)
     with pytest.raises(ModelError, match=words):
         read_adapter(path)
 
@@ -315,7 +390,13 @@ def test_a_dora_of_the_outputs_is_refused(settings):
         ({"adapter": "dora", "output_format": "both"}, "output_format: expected webui, since diffusers reads no dora"),
         ({"adapter": "loha", "initial_lora": "x"}, "initial_lora: expected adapter lora beside it, found loha"),
         ({"lokr_factor": 4}, "lokr_factor: expected adapter lokr beside it, found lora"),
-        ({"adapter": "lohr"}, "adapter: expected lora, dora, loha or lokr, found 'lohr'; did you mean lo"),
+        ({"adapter": "oft", "loraplus_lr_ratio": 4}, "loraplus_lr_ratio: expected 1, since oft"),
+        ({"adapter": "ia3", "conv_rank": 2, "conv_alpha": 2.0}, "conv_alpha: expected none, since ia3 has no alpha"),
+        (
+            {"adapter": "oft", "text_encoder_rank": 1, "train_text_encoder": True},
+            "text_encoder_rank: expected 2 or more",
+        ),
+        ({"adapter": "lohr"}, "adapter: expected lora, dora, loha, lokr, ia3 or oft, found 'lohr'; did you mean lo"),
     ],
 )
 def test_what_a_kind_does_not_do_is_said(changes, words):

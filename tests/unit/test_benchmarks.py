@@ -13,6 +13,7 @@ from PIL import Image
 
 from benchmarks import estimate, plot, plot_quality, quality, step
 from benchmarks.styles import STYLES, folders
+from lora_trainer.adapters.kinds import KINDS
 
 ROOT = Path(__file__).parents[2]
 NEWEST = sorted((ROOT / "benchmarks" / "results").glob("*-h?00.jsonl"))[-1]
@@ -58,6 +59,16 @@ def test_a_measured_step_can_be_plotted(tmp_path, monkeypatch, capsys):
     assert plot.label(second) == "SDXL, 1024², batch 2, no dropout, checkpointing, plain torch"
     row = plot.table([first]).splitlines()[2]
     assert row == "| SDXL, 1024², batch 2, no dropout, checkpointing, plain torch | 12.5 | 160 | 2.00 |"
+
+
+def test_every_kind_of_adapter_is_measured_by_one_command(tmp_path, monkeypatch):
+    report = {"median_ms": 12.5, "steps": 100, "peak_reserved_bytes": 2**31, "told": []}
+    monkeypatch.setattr(step, "measure", lambda work, **given: dict(report))
+    out = tmp_path / "kinds.jsonl"
+    step.main(["sd15", "batch=4", "adapter=all", f"out={out}"])
+    lines = plot.read([out])
+    assert [line["adapter"] for line in lines] == list(KINDS)
+    assert plot.label(lines[-1]) == "SD1.5, 512², batch 4, no dropout, oft"
 
 
 def test_each_style_draws_the_same_subjects_in_its_own_colours(tmp_path):

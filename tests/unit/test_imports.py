@@ -382,8 +382,8 @@ def test_kohyas_alpha_of_1_is_said(tmp_path):
         ("adaptive_noise_scale = 0.1", "adaptive_noise_scale", "does nothing without noise_offset"),
         ("noise_offset_random_strength = true", "noise_offset_random_strength", "not supported"),
         ("lr_warmup_steps = 0.1", "lr_warmup_steps", "constant schedule has no warm-up"),
-        ("network_module = 'networks.dylora'", "network_module", "LoRA, LoHa and LoKr are trained here"),
-        ("network_module = 'lycoris.kohya'\nnetwork_args = ['algo=ia3']", "network_args", "not known here"),
+        ("network_module = 'networks.dylora'", "network_module", "LoRA, LoHa, LoKr, IA³ and OFT are trained here"),
+        ("network_module = 'lycoris.kohya'\nnetwork_args = ['algo=boft']", "network_args", "not known here"),
         ("network_args = ['dora_wd=True']", "network_args dora_wd", "adapter=dora scales the inputs"),
         ("network_args = ['down_lr_weight=sine']", "network_args down_lr_weight", "write its numbers as block_lrs"),
         ("network_args = ['conv_dim=x']", "conv_dim", "conv_rank: expected a whole number"),
@@ -420,6 +420,19 @@ def test_kohyas_network_arguments_mean_the_same_here(tmp_path):
     assert (settings["adapter"], settings["lokr_factor"]) == ("lokr", 8)
     assert (settings["conv_rank"], settings["conv_alpha"]) == (2, 4)
     assert any("outermost layers" in remark for remark in remarks)
+    text = (
+        head + "network_module = 'lycoris.kohya'\nnetwork_args = ['algo=diag-oft', 'constraint=0.1', 'rescaled=True']\n"
+    )
+    settings, left, _ = taken(tmp_path, "x.toml", text)
+    assert (settings["adapter"], settings["lora_rank"], settings["conv_rank"]) == ("oft", 8, 8)
+    assert {"network_args constraint", "network_args rescaled", "conv_alpha"} <= set(left)
+    assert build({"base_model": "x", **settings}, {}).adapter == "oft"
+    text = head + "network_module = 'lycoris.kohya'\nnetwork_args = ['algo=ia3', 'preset=ia3']\n"
+    settings, _, _ = taken(tmp_path, "x.toml", text)
+    assert (settings["adapter"], settings["target_modules"]) == ("ia3", ["to_k", "to_v", "ff.net.2"])
+    settings, left, _ = taken(tmp_path, "x.toml", head + "network_module = 'networks.oft'\n")
+    assert (settings["adapter"], "lora_rank" in settings) == ("oft", False)
+    assert "the number of blocks" in left["network_dim"][1]
     xl = ",".join(map(str, range(1, 24)))
     settings, _, _ = taken(tmp_path, "x.toml", head + f"network_args = ['block_dims={xl}']\n")
     assert (settings["block_ranks"][0], settings["block_ranks"][9], settings["block_ranks"][-1]) == (

@@ -118,6 +118,14 @@ def test_a_killed_run_goes_on_and_writes_the_same_bytes(job, expected, step):
     assert [p.name for p in (job.out / FOLDER / "tiny").iterdir()] == ["finished.json"]
 
 
+@pytest.mark.parametrize("kind", ["ia3", "oft"])
+def test_kinds_without_a_rank_go_on_too(job, settings, tmp_path, kind):
+    changes = {"adapter": kind, "train_text_encoder": True, "module_dropout": 0.2}
+    whole = Run(settings)(output_dir=str(tmp_path / "undisturbed"), **changes)
+    job.killed(at_step(3), **changes)
+    assert job(**changes) == whole
+
+
 def test_validation_and_the_mean_loss_go_on_too(job, settings, tmp_path):
     held_out = {"validation_split": 0.2, "validate_every": 2, "epochs": 3}
     undisturbed = Run(settings)

@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
-from benchmarks.ldm import clip_state, open_clip_state, unet_state
+from benchmarks.ldm import Shapes, clip_state, open_clip_state, unet_state
 from tests.ldm import vae_state
 from tests.tiny import VAE
 
@@ -93,9 +93,7 @@ def write_xl(
         for part, kind in (("scaling_config", "denoiser_scaling.V"), ("weighting_config", "denoiser_weighting.V")):
             target = params["denoiser_config"]["params"][part]
             target["target"] = target["target"].replace(kind[:-1] + "Eps", kind)
-    shapes = unet_state(unet) | clip_state("conditioner.embedders.0.transformer.", CLIP)
-    shapes |= open_clip_state("conditioner.embedders.1.model.", width=WIDE, layers=LAYERS)
-    _write(folder / name, config, shapes, dict.fromkeys(keys, torch.tensor([])))
+    _write(folder / name, config, shapes_xl(unet), dict.fromkeys(keys, torch.tensor([])))
 
 
 def write_refiner(folder: Path, name: str) -> None:
@@ -106,8 +104,7 @@ def write_refiner(folder: Path, name: str) -> None:
     params["network_config"]["params"] |= SIZES | sizes
     first, *_ = params["conditioner_config"]["params"]["emb_models"]
     first["params"]["arch"] = ARCH
-    shapes = unet_state(UNET_REFINER) | open_clip_state("conditioner.embedders.0.model.", width=WIDE, layers=LAYERS)
-    _write(folder / name, config, shapes, {})
+    _write(folder / name, config, shapes_refiner(), {})
 
 
 def write_2(folder: Path, name: str, *, v: bool = False) -> None:
@@ -116,30 +113,56 @@ def write_2(folder: Path, name: str, *, v: bool = False) -> None:
     params = config["model"]["params"]
     params["unet_config"]["params"] |= SIZES | {"context_dim": WIDE}
     params["cond_stage_config"]["params"]["arch"] = ARCH
-    shapes = unet_state(UNET_2) | open_clip_state("cond_stage_model.model.", width=WIDE, layers=LAYERS)
-    _write(folder / name, config, shapes, {})
+    _write(folder / name, config, shapes_2(), {})
 
 
 def write_inpainting(folder: Path, name: str, clip: Path) -> None:
     """`folder`/NAME.safetensors of the form of Stable Diffusion 1.5's for inpainting; `clip` as in `write_xl`."""
-    config = yaml.safe_load((REPOSITORIES.parent / "configs" / "v1-inpainting-inference.yaml").read_text())
+    write_1(folder, name, clip, inpainting=True)
+
+
+def write_1(folder: Path, name: str, clip: Path, *, inpainting: bool = False) -> None:
+    """`folder`/NAME.safetensors of Stable Diffusion 1.5's form; `clip` as in `write_xl`."""
+    file = "v1-inpainting-inference.yaml" if inpainting else "v1-inference.yaml"
+    config = yaml.safe_load((REPOSITORIES.parent / "configs" / file).read_text())
     params = config["model"]["params"]
     params["unet_config"]["params"] |= {"model_channels": 32, "num_heads": 4, "context_dim": CLIP["hidden_size"]}
     params["cond_stage_config"]["params"] = {"version": str(clip)}
-    sizes = {"in_channels": 9, "cross_attention_dim": CLIP["hidden_size"], "use_linear_projection": False}
-    shapes = unet_state(UNET_2 | sizes) | clip_state("cond_stage_model.transformer.", CLIP)
-    _write(folder / name, config, shapes, {})
+    _write(folder / name, config, shapes_1(9 if inpainting else 4), {})
 
 
-def _write(target: Path, config: dict[str, Any], shapes: Mapping[str, tuple], extra: dict[str, Tensor]) -> None:
+def shapes_1(channels: int = 4) -> Shapes:
+    """Of all but the VAE."""
+    sizes = {"in_channels": channels, "cross_attention_dim": CLIP["hidden_size"], "use_linear_projection": False}
+    return unet_state(UNET_2 | sizes) | clip_state("cond_stage_model.transformer.", CLIP)
+
+
+def shapes_2() -> Shapes:
+    return unet_state(UNET_2) | open_clip_state("cond_stage_model.model.", width=WIDE, layers=LAYERS)
+
+
+def shapes_xl(unet: Mapping[str, Any] = UNET_XL) -> Shapes:
+    shapes = unet_state(unet) | clip_state("conditioner.embedders.0.transformer.", CLIP)
+    return shapes | open_clip_state("conditioner.embedders.1.model.", width=WIDE, layers=LAYERS)
+
+
+def shapes_refiner() -> Shapes:
+    return unet_state(UNET_REFINER) | open_clip_state("conditioner.embedders.0.model.", width=WIDE, layers=LAYERS)
+
+
+def tensors(shapes: Shapes) -> dict[str, Tensor]:
+    """A checkpoint's, the same numbers at every call."""
     generator = torch.Generator().manual_seed(0)
 
     def fill(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
         fan = max(1, torch.Size(shape[1:]).numel()) if len(shape) > 1 else 100
         return (torch.randn(shape, generator=generator) / fan**0.5).to(dtype)
 
-    state = vae_state(VAE, torch.float32, fill) | {name: fill(shape) for name, shape in shapes.items()}
+    return vae_state(VAE, torch.float32, fill) | {name: fill(shape) for name, shape in shapes.items()}
+
+
+def _write(target: Path, config: dict[str, Any], shapes: Shapes, extra: dict[str, Tensor]) -> None:
     first_stage = config["model"]["params"]["first_stage_config"]["params"]["ddconfig"]
     first_stage |= {"ch": 32, "ch_mult": [1, 1, 1, 1], "num_res_blocks": 1}
-    save_file(state | extra, target.with_suffix(".safetensors"))
+    save_file(tensors(shapes) | extra, target.with_suffix(".safetensors"))
     target.with_suffix(".yaml").write_text(yaml.safe_dump(config))

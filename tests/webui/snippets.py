@@ -235,18 +235,25 @@ _APPLIED_TO_ANY = """
     theirs = asked(sd_model, x, t, told)
     unet_only = asked(sd_model, x, t, plain)
     unmerge(sd_model)
+    networks.load_networks([NAME], [0.5], [0.5], [None])
+    half = asked(sd_model, x, t, said(sd_model, prompts))
+    unmerge(sd_model)
     restored = asked(sd_model, x, t, said(sd_model, prompts))
     model = view_of(sd_model, config())
-    apply_lora(model, Path(networks.available_networks[NAME].filename))
+    adapter = apply_lora(model, Path(networks.available_networks[NAME].filename))
+    with adapter.weight(0.5):
+        ours_at_half = answered(model, x, t, prompts)
     version = networks.available_networks[NAME].sd_version.name
     ours = answered(model, x, t, prompts)
     result = {
         "apart": (ours - theirs).abs().max().item(),
+        "apart at half": (ours_at_half - half).abs().max().item(),
         "effect": (theirs - base).abs().max().item(),
         "effect on the text": (told[0] - plain[0]).abs().max().item(),
         "effect on the pooled": 0 if told[1] is None else (told[1] - plain[1]).abs().max().item(),
         "effect of the UNet": (unet_only - base).abs().max().item(),
         "restored": torch.equal(base, restored),
+        "answer": theirs.flatten()[::64].tolist(),
         "version": version,
     }
 """

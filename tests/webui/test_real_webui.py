@@ -104,7 +104,7 @@ def test_a_trained_text_encoder_applies_too_and_is_given_back(webui):
     assert seen["restored"]
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora", "loha", "lokr"])
+@pytest.mark.parametrize("kind", ["lora", "dora", "loha", "lokr", "ia3", "oft"])
 def test_every_kind_of_adapter_applies_with_convolutions_and_text_encoder(webui, kind):
     changes = {"target_modules": ["default", "conv"], "train_text_encoder": True, "save_precision": "fp32"}
     job = webui.submit(output_name=f"kind-{kind}", max_train_steps=6, learning_rate=2e-3, adapter=kind, **changes)
