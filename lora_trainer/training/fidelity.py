@@ -7,6 +7,7 @@ decoded drawings come beside them where the user has a CLIP model.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,6 +80,9 @@ class Fidelity:
     _real: list[Sample] = field(default_factory=list, init=False)
     _base: Base | None = field(default=None, init=False)
     _clip: Clip | None = field(default=None, init=False)
+    # The step and the time of the first measurement, and seconds of each.
+    _first: tuple[int, float] | None = field(default=None, init=False)
+    _costs: list[float] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         if self.config.clip_model_dir:
@@ -124,10 +128,30 @@ class Fidelity:
         stride = max(1, validations)
         return math.ceil(steps / (count + 1) / stride) * stride
 
+    def between(self, segment: Segment, step: int, steps: int) -> None:
+        """Measure on the way, where that and the measurement at the end take at most SHARE of the run: of a small model
+        on a GPU they take longer than their number of passes says."""
+        if not self._asked or self._first is None or self.affordable(step, steps):
+            self(segment, step)
+
+    def affordable(self, step: int, steps: int) -> bool:
+        """By the clock since the first measurement of this process, for a run of `steps`: what is left beside the first
+        and the last measurement is spent evenly."""
+        first, began = self._first
+        progress = (step - first) / (steps - first)
+        left = SHARE * (time.perf_counter() - began) / progress - self._costs[0] - self._costs[-1]
+        return sum(self._costs[1:]) + self._costs[-1] <= left * progress
+
     def __call__(self, segment: Segment, step: int) -> None:
         """Measure and tell; a run is not lost because it does not fit into the memory."""
         if not self._asked:
             return
+        began = time.perf_counter()
+        self._measure(segment, step)
+        self._first = self._first or (step, began)
+        self._costs.append(time.perf_counter() - began)
+
+    def _measure(self, segment: Segment, step: int) -> None:
         self.sink(Progress(stage="comparing", done=0, total=1))
         try:
             with segment.settled():

@@ -237,7 +237,7 @@ class Job:
         validations = self.validation.every(steps)
         actions = (
             (validations, lambda step: self.validation(segment, step)),
-            (self.fidelity.every(steps, validations), lambda step: self.fidelity(segment, step)),
+            (self.fidelity.every(steps, validations), lambda step: self.fidelity.between(segment, step, steps)),
             (config.save_steps, lambda step: self._save_between(segment, feed, step)),
             (config.sample_every, lambda step: self.output.preview(segment, step)),
             (self.keeper.due, lambda step: self._keep(segment, results, step)),

@@ -29,6 +29,7 @@ OFTEN = {"measure_drift": True, "drift_prompts": ["a dog", "a house"], "validati
 def often(monkeypatch):
     """Measured every four steps, whatever that costs."""
     monkeypatch.setattr(Fidelity, "every", lambda self, steps, validations: 4)
+    monkeypatch.setattr(Fidelity, "affordable", lambda self, step, steps: True)
     monkeypatch.setattr(fidelity, "PICTURES", 2)
 
 
@@ -87,6 +88,28 @@ def test_it_costs_its_share_of_the_run_at_most(settings):
         times = 2 + (steps - 1) // every
         assert times > 2
         assert times * measure.passes + 24 <= SHARE * steps * 4 * 3
+
+
+def test_on_the_way_the_clock_decides(settings, monkeypatch):
+    measure, now, seen = Fidelity(build(settings, {"measure_drift": True}), print), [0.0], []
+
+    def took(segment: object, step: int) -> None:
+        now[0] += 1.0
+        seen.append(step)
+
+    monkeypatch.setattr(fidelity, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(measure, "_measure", took)
+    measure._asked = ["a caption"]
+    for seconds_a_step, expected in ((0.01, [0, 1000]), (0.1, [0, 400, 700, 1000])):
+        now[0], measure._first, measure._costs = 0.0, None, []
+        seen.clear()
+        measure(None, 0)
+        for step in range(100, 1000, 100):
+            now[0] += 100 * seconds_a_step
+            measure.between(None, step, 1000)
+        measure(None, 1000)
+        assert seen == expected
+        assert len(seen) <= max(2, SHARE * now[0])
 
 
 def test_without_held_out_pictures_training_pictures_are_compared(settings, often):
