@@ -4,7 +4,9 @@ usage: python -m benchmarks.step [sd15|sdxl] [key=value ...]
 
 Keys are those of `Workload`, profile=1, webui=1, out=FILE to which the line of JSON is added, for `benchmarks.plot`,
 and settings of a run: kernels=plain, gradient_accumulation_steps=4, min_snr_gamma=5, masked_loss=true, adapter=oft.
-adapter=all measures every kind in turn, a line each.
+adapter=all measures every kind in turn, a line each. With base_precision=fp8|int8|nf4 the same is run on the base as it
+computes too: `loss_apart` is how far the losses of all steps are from that run's, on average. `base_bytes` is what the
+UNet takes.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from types import SimpleNamespace
 from typing import get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks import models
 from benchmarks.timing import fresh_memory, gaps, machine, peak_reserved, profiler, spread
@@ -31,7 +33,9 @@ from lora_trainer.config import Config, build
 from lora_trainer.config.sources import parse_overrides
 from lora_trainer.models.model import CheckpointHashes, Model, ModelFacts
 from lora_trainer.models.noise import NoiseSchedule, scaled_linear
-from lora_trainer.models.single_file import is_kernel
+from lora_trainer.models.single_file import UNET, is_kernel, is_matrix
+from lora_trainer.models.storage import AUTO, Storage, storage_of
+from lora_trainer.models.stored import Stored
 from lora_trainer.models.text import ClipEncoder, TextEncoder, Tokenizer
 from lora_trainer.training.control import StopOnly
 from lora_trainer.training.fit import Loop, fit
@@ -118,10 +122,11 @@ def config_of(work: Workload, **changes: object) -> Config:
     )
 
 
-def model_of(work: Workload, *, webui: bool = False) -> Model:
+def model_of(work: Workload, *, webui: bool = False, storage: str = AUTO) -> Model:
     """The random UNet as a run borrows it, and the text encoder where it is trained; nothing here encodes ahead.
 
-    With `webui` its kernels lie as in a WebUI, whose tensors are not ours to lay out anew."""
+    With `webui` its kernels lie as in a WebUI, whose tensors are not ours to lay out anew. `storage`: its
+    base_precision."""
     device = torch.device(work.device)
     noise = NoiseSchedule(scaled_linear(0.00085, 0.012, 1000).to(device), "epsilon")
     facts = ModelFacts("random", None, device, work.dtype, CheckpointHashes)
@@ -131,17 +136,32 @@ def model_of(work: Workload, *, webui: bool = False) -> Model:
     if device.type == "cuda" and not webui:
         for weight in filter(is_kernel, unet.parameters()):
             weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+    store(unet, storage_of(storage, device))
     return Model(unet, text, None, noise, facts)
+
+
+def store(unet: nn.Module, storage: Storage | None) -> None:
+    """The matrices of `unet` in `storage`, as `single_file.place` has them."""
+    for module_name, module in unet.named_modules() if storage else ():
+        weight = getattr(module, "weight", None)
+        if weight is not None and is_matrix(f"{UNET}{module_name}.weight", weight):
+            module.weight = nn.Parameter(Stored.encode(weight.detach(), storage), requires_grad=False)
+
+
+def bytes_of(unet: nn.Module) -> int:
+    """What the weights of `unet` take."""
+    return sum(w.stored_bytes if isinstance(w, Stored) else w.numel() * w.element_size() for w in unet.parameters())
 
 
 def measure(work: Workload, *, profiled: bool = False, webui: bool = False, **changes: object) -> dict:
     """Step times of the product's loop, of its graphs alone, and peak memory."""
-    model, config, clock = model_of(work, webui=webui), config_of(work, **changes), Clock()
+    config, clock, losses = config_of(work, **changes), Clock(), []
+    model = model_of(work, webui=webui, storage=config.base_precision)
     fresh_memory()
     began = time.perf_counter()
     steps = work.warmup + work.steps
     with torch_settings(None), open_segment(config, model, None) as segment:
-        results = Results(segment.update.result, steps, lambda event: None, window=10)
+        results = Results(segment.update.result, steps, lambda event: losses.append(event.loss), window=10)
         boundary = SimpleNamespace(due=lambda step: False)
         loop = Loop(RandomFeed(work, config), segment, lambda step: LEARNING_RATE, boundary, results)
         fit(loop, first_step=0, lease=clock, control=StopOnly())
@@ -150,7 +170,9 @@ def measure(work: Workload, *, profiled: bool = False, webui: bool = False, **ch
             "first_step_s": round(clock.stamps[0] - began, 2),
             "graphs_ms": replayed(segment),
             "peak_reserved_bytes": peak_reserved(),
+            "base_bytes": bytes_of(model.unet),
             "loss": results.mean_loss,
+            "losses": losses,
             "bad": results.bad_in_a_row,
             "told": segment.tier.notices,
         }
@@ -203,7 +225,10 @@ def main(arguments: list[str]) -> None:
     runs = [{**settings, "adapter": kind} for kind in KINDS] if settings.get("adapter") == "all" else [settings]
     for run in runs:
         report = measure(work, profiled=profiled, webui=webui, **run)
-        lines = report.pop("kernels", [])
+        lines, losses = report.pop("kernels", []), report.pop("losses", [])
+        if run.get("base_precision", AUTO) != AUTO:
+            plain = measure(work, webui=webui, **run | {"base_precision": AUTO})["losses"]
+            report["loss_apart"] = sum(abs(a - b) / b for a, b in zip(losses, plain, strict=True)) / len(plain)
         facts = {"what": "ours", "at": time.strftime("%Y-%m-%d"), **asdict(work)}
         facts |= {"webui": webui, **run}
         line = json.dumps(facts | report | machine())

@@ -28,6 +28,7 @@ TITLES = {
 SYMPTOMS = """| what you see | what helps |
 |---|---|
 | out of memory | `batch_size=2`, then `1`; `gradient_checkpointing=true` (about a third slower); no `sample_prompts` |
+| the same with SDXL after all that | on the command line `base_precision=fp8`, then `nf4` |
 | weak or blurry style | `lora_rank=16`; 15 to 20 epochs; captions that say concretely what is in the picture |
 | overfitting (low loss, poor pictures) | stop earlier; `learning_rate=1e-4`; more varied pictures; `lora_dropout` |
 | the WebUI or the computer went down in the middle | **Continue**, or `--resume` on the command line |

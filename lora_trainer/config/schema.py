@@ -65,6 +65,14 @@ class Config(Adapting, frozen=True, kw_only=True, forbid_unknown_fields=True):
             MODEL, "The number format of the frozen model and its products. On a CPU fp16 becomes fp32, and says so."
         ),
     ] = "fp16"
+    base_precision: Annotated[
+        Literal["auto", "fp8", "int8", "nf4"],
+        _about(
+            MODEL,
+            "The frozen UNet's matrices: auto as mixed_precision computes, in fewer bits only where auto_fit must; "
+            "int8 and nf4 (4 bits) need bitsandbytes.",
+        ),
+    ] = "auto"
     device: Annotated[
         str, _about(MODEL, "Where to train: auto (the first GPU, else the CPU), cpu, cuda, cuda:1 and so on.")
     ] = "auto"

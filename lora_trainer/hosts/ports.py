@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 class ModelSource(Protocol):
     """Where the base model comes from."""
 
-    def borrow(self) -> AbstractContextManager[Model]:
-        """The model for one training segment; given back, unchanged, on exit."""
+    def borrow(self, storage: str | None = None) -> AbstractContextManager[Model]:
+        """The model for one training segment; given back, unchanged, on exit. `storage` of its UNet: a
+        `base_precision` that the host offers as lighter, else as the host has it."""
         ...
 
 
@@ -71,11 +72,17 @@ class Control(Protocol):
         ...
 
 
+def nothing(storage: str) -> Sequence[str]:
+    return ()
+
+
 @dataclass(frozen=True)
 class Host:
-    """The place where a run happens. Without a painter the trainer draws previews itself."""
+    """The place where a run happens. Without a painter the trainer draws previews itself. `lighter`: in which storages
+    it can place the base that take less than the one given, the nearest first."""
 
     models: ModelSource
     lease: GpuLease
     store: LoraStore
     painter: Painter | None = None
+    lighter: Callable[[str], Sequence[str]] = nothing

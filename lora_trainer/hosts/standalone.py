@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,6 +26,7 @@ from lora_trainer.logs import CsvLog, TensorBoardLog, fan_out
 from lora_trainer.models.checkpoint import FileIdentity
 from lora_trainer.models.model import CheckpointHashes, Model
 from lora_trainer.models.single_file import model_of, place
+from lora_trainer.models.storage import AUTO, lighter_than, storage_of
 from lora_trainer.training.control import StopOnly
 from lora_trainer.training.finder import Finding, find_rate
 from lora_trainer.training.precision import resolve
@@ -57,10 +60,18 @@ def host_of(config: Config) -> Host:
     """This process as the host of `config`. Raises ConfigError."""
     device = device_of(config.device)
     dtype = resolve(config.mixed_precision, device)[0].compute
+    storage_of(config.base_precision, device)
     if config.caption_syntax == "webui":
         raise ConfigError(["caption_syntax: webui works only inside the WebUI; expected literal here"])
-    models = FileModels(Path(config.base_model), device, dtype, config.clip_skip, config.train_text_encoder)
-    return Host(models, AloneLease(), FolderStore(Path(config.output_dir), config.overwrite))
+    models = FileModels(
+        Path(config.base_model), device, dtype, config.clip_skip, config.train_text_encoder, config.base_precision
+    )
+    return Host(
+        models,
+        AloneLease(),
+        FolderStore(Path(config.output_dir), config.overwrite),
+        lighter=partial(lighter_than, device=device),
+    )
 
 
 def device_of(name: str) -> torch.device:
@@ -113,22 +124,32 @@ def open_model(path: Path, device: torch.device, dtype: torch.dtype = torch.floa
 
 @dataclass
 class FileModels:
-    """The model of one checkpoint file, placed at the first borrow and kept."""
+    """The model of one checkpoint file, placed at the first borrow and kept; placed anew for another storage."""
 
     path: Path
     device: torch.device
     dtype: torch.dtype
     clip_skip: int | None = None
     train_text: bool = False
+    storage: str = AUTO
     _state: tuple | None = field(default=None, init=False)
+    _hashes: Callable[[], CheckpointHashes] | None = field(default=None, init=False)
 
     @contextmanager
-    def borrow(self) -> Iterator[Model]:
-        if self._state is None:
-            placed = place(self.path, self.device, self.dtype, train_text=self.train_text)
-            self._state = (*placed, in_background(self.path))
+    def borrow(self, storage: str | None = None) -> Iterator[Model]:
+        if self._state is None or storage not in (None, self.storage):
+            self._place(storage or self.storage)
         family, state, hashes = self._state
         yield model_of(state, family, self.path, device=self.device, hashes=hashes, clip_skip=self.clip_skip)
+
+    def _place(self, storage: str) -> None:
+        # The one before goes first, and what its views have left in cycles.
+        self._state, self.storage = None, storage
+        gc.collect()
+        stored = storage_of(storage, self.device)
+        placed = place(self.path, self.device, self.dtype, train_text=self.train_text, storage=stored)
+        self._hashes = self._hashes or in_background(self.path)
+        self._state = (*placed, self._hashes)
 
 
 def in_background(path: Path) -> Callable[[], CheckpointHashes]:

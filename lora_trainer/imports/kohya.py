@@ -101,6 +101,14 @@ def objective(taken: Taken, values: dict[str, Any]) -> None:
         del values["huber_scale"]
 
 
+def storage(taken: Taken, values: dict[str, Any]) -> None:
+    """Take the format of the frozen base out of `values`: all of it there, its matrices here."""
+    for key in ("fp8_base", "fp8_base_unet"):
+        if values.get(key):
+            taken.take("base_precision", "fp8", key)
+            taken.remarks.append(f"{key} {values.pop(key)}: the UNet's matrices in fp8, nothing else of the base")
+
+
 def off(theirs: str) -> object:
     """What it means there when one of AUGMENT is not said."""
     return _ABSENT.get(theirs, 0.0 if theirs.endswith("_rate") else False)

@@ -100,6 +100,7 @@ def read(data: Mapping[str, Any]) -> Taken:
     _optimizer(taken, values)
     _schedule(taken, values)
     kohya.objective(taken, values)
+    kohya.storage(taken, values)
     if values.get("reg_data_dir"):
         for key in ("reg_data_dir", "prior_loss_weight"):
             if key in values:

@@ -10,6 +10,7 @@ from lora_trainer.kernels.launch import launch
 from lora_trainer.kernels.plain import like
 from lora_trainer.kernels.site import Draw, Site
 from lora_trainer.kernels.triton_lora_kernels import gradients_kernel, low_kernel, product_kernel
+from lora_trainer.models.stored import dense
 
 # Products of fewer rows than a matrix unit takes are padded to it.
 MIN_RANK = 16
@@ -23,7 +24,7 @@ class TritonLoraLinear(torch.autograd.Function):
         weight, bias = frozen
         draw, x = site.draw(x.shape[0]), x.contiguous()
         residual = None if residual is None else residual.contiguous()
-        y, low = product(x, weight.t(), site.down, site.up.t(), Extra(site.scale(), draw, bias, residual))
+        y, low = product(x, dense(weight).t(), site.down, site.up.t(), Extra(site.scale(), draw, bias, residual))
         ctx.save_for_backward(x, low, weight)
         ctx.site, ctx.scale, ctx.draw = site, site.scale(), draw
         return y
@@ -31,6 +32,7 @@ class TritonLoraLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, low, weight = ctx.saved_tensors
+        weight = dense(weight) if ctx.needs_input_grad[0] else weight
         site, extra = ctx.site, Extra(ctx.scale, ctx.draw)
         residual = dy if ctx.needs_input_grad[2] else None
         dy = dy.contiguous()

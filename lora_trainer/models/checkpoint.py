@@ -113,19 +113,25 @@ def _describes(name: str, entry: object) -> bool:
     return name == "__metadata__" or (sizes and isinstance(entry.get("dtype"), str))
 
 
-def read_tensors(path: Path, device: torch.device, dtype_of: Placement) -> dict[str, Tensor]:
-    """The tensors of the model's parts, each copied once to `device` as `dtype_of(name)`.
+def read_tensors(
+    path: Path,
+    device: torch.device,
+    dtype_of: Placement,
+    stored: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor,
+) -> dict[str, Tensor]:
+    """The tensors of the model's parts, each copied once to `device` as `dtype_of(name)`, and kept as `stored` returns
+    it before the next is read.
 
     Integer tensors keep their dtype. Raises ModelError for a truncated file.
     """
     if path.suffix.lower() in PICKLE_SUFFIXES:
         return {
-            name: tensor.to(device=device, dtype=_dtype(name, tensor, dtype_of), copy=True).contiguous()
+            name: stored(name, tensor.to(device=device, dtype=_dtype(name, tensor, dtype_of), copy=True).contiguous())
             for name, tensor in _unpickle(path).items()
             if _needed(name)
         }
     return {
-        name: tensor.to(device=device, dtype=_dtype(name, tensor, dtype_of))
+        name: stored(name, tensor.to(device=device, dtype=_dtype(name, tensor, dtype_of)))
         for name, tensor in stored_tensors(path, _needed)
     }
 

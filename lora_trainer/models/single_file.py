@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,28 +20,47 @@ from lora_trainer.models.inpainting import TOLD, inpaints, paint_all
 from lora_trainer.models.ldm_yaml import LdmConfig, read_beside
 from lora_trainer.models.model import CheckpointHashes, Model, ModelFacts
 from lora_trainer.models.noise import NoiseSchedule, Prediction, scaled_linear
+from lora_trainer.models.storage import Storage
+from lora_trainer.models.stored import Stored
 from lora_trainer.models.text import ClipEncoder, TextEncoder, bundled
 from lora_trainer.models.unet_names import LDM_PREFIX as UNET
 
+# By LDM's names and by diffusers'.
+_MATRIX = re.compile(r"\.(transformer_blocks\.\d+\..+|proj_in|proj_out)\.weight$")
 PARAMETERIZATIONS: dict[str, Prediction] = {"eps": "epsilon", "v": "v"}
 
 
 def place(
-    path: Path, device: torch.device, dtype: torch.dtype, *, train_text: bool = False
+    path: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    train_text: bool = False,
+    storage: Storage | None = None,
 ) -> tuple[Family, dict[str, Tensor]]:
     """The file's family and its state dict, each tensor copied and converted once.
 
     What is trained takes the compute `dtype`, and so do text encoders that are heavy; all else stays fp32, since it
-    runs once an image. On a GPU the UNet's k×k kernels lie channels-last, as the fast step reads them: these tensors
-    are ours alone. Raises ModelError.
+    runs once an image. The matrices of the UNet's transformers are kept in `storage`, where one is given. On a GPU the
+    UNet's k×k kernels lie channels-last, as the fast step reads them: these tensors are ours alone. Raises ModelError.
     """
     family = detect(read_shapes(path), str(path))
     light = (UNET, *(part.prefix for part in family.text if train_text or family.heavy_text))
-    state = read_tensors(path, device, lambda name: dtype if name.startswith(light) else torch.float32)
+
+    def stored(name: str, tensor: Tensor) -> Tensor:
+        return Stored.encode(tensor, storage) if storage is not None and is_matrix(name, tensor) else tensor
+
+    state = read_tensors(path, device, lambda name: dtype if name.startswith(light) else torch.float32, stored)
     if device.type == "cuda":
         for name in [name for name, tensor in state.items() if name.startswith(UNET) and is_kernel(tensor)]:
             state[name] = state[name].contiguous(memory_format=torch.channels_last)
     return family, state
+
+
+def is_matrix(name: str, tensor: Tensor) -> bool:
+    """Whether this, by its name in the file, is a matrix of one of the UNet's transformers: what QLoRA quantises. Its
+    convolutions, norms, biases, the embeddings of time and size and the first and last layer are none."""
+    return name.startswith(UNET) and _MATRIX.search(name) is not None and tensor.dim() > 1 and not is_kernel(tensor)
 
 
 def is_kernel(tensor: Tensor) -> bool:

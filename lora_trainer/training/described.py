@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 
+from torch import nn
+
 from lora_trainer.config import Config
+from lora_trainer.models.stored import stored_in
 from lora_trainer.training.chosen import conv_size, learning_rate_of, up_ratio_of, usual_size
 
 # What LyCORIS calls them.
@@ -50,6 +53,15 @@ def kohya_settings(config: Config) -> dict[str, object]:
         "training_comment": config.training_comment,
         **adapter_settings(config),
     }
+
+
+def storage_settings(unet: nn.Module) -> dict[str, object]:
+    """How the frozen UNet was stored, if in fewer bits than it computed in."""
+    stored = stored_in(unet)
+    if not stored:
+        return {}
+    name = stored[0].storage.name
+    return {"base_precision": name} | ({"fp8_base_unet": True} if name == "fp8" else {})
 
 
 def adapter_settings(config: Config) -> dict[str, object]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ import torch
 from lora_trainer.config import Config
 from lora_trainer.curve import chosen
 from lora_trainer.events import EventSink, Notice
-from lora_trainer.hosts.ports import Control, GpuLease
+from lora_trainer.hosts.ports import Control, GpuLease, nothing
 from lora_trainer.kernels.choose import Kernels
 from lora_trainer.models.fingerprint import fingerprint
 from lora_trainer.models.model import Model
@@ -28,7 +28,7 @@ from lora_trainer.training.initial import what_of
 from lora_trainer.training.judging import Validation
 from lora_trainer.training.keeper import Keeper
 from lora_trainer.training.output import Output, Progress
-from lora_trainer.training.planning import OutOfMemoryError, Planning
+from lora_trainer.training.planning import Planning
 from lora_trainer.training.preparing import Preparing
 from lora_trainer.training.results import DivergedError, Results
 from lora_trainer.training.schedules import Schedule
@@ -51,18 +51,20 @@ class Job:
     sink: EventSink
     control: Control
     begun: resume.Beginning
+    storages: Callable[[str], Sequence[str]] = nothing
     step: int = 0
     loss: float | None = None
     published: list[Path] = field(default_factory=list)
     measured: Measured = field(default_factory=Measured)
     _state: State | None = None
     _base: str = ""
+    _placed: str = ""
     _tier: str = ""
     _told: bool = False
     _losses: Sequence[float] = ()
 
     def __post_init__(self) -> None:
-        self.planning = Planning(self.config, self.sink)
+        self.planning = Planning(self.config, self.sink, self.storages)
         self._first_steps = FromFirstSteps(self.sink)
         self.prepare = Preparing(self.config, self.items, self.sink, self.control)
         self.validation = Validation(self.config, self.sink)
@@ -83,11 +85,10 @@ class Job:
         """Borrow → inject → steps, until done, stopped, paused or handed over. Raises UserError."""
         try:
             return self._segment(model, lease)
-        except torch.cuda.OutOfMemoryError as error:
+        except torch.cuda.OutOfMemoryError:
             if self.prepare.data is None:
-                raise OutOfMemoryError(
-                    "out of GPU memory while preparing: close what else uses the GPU, or lower resolution"
-                ) from error
+                self.planning.store_lighter("while preparing")
+                return Outcome.HANDED_OVER
         # Outside the steps, where the segment's state may be torn: back to the last good one.
         self._go_back(*self.keeper.last())
         self.planning.step_down(self.step)
@@ -103,7 +104,7 @@ class Job:
         facts = kept.facts
         resume.same_data(facts, resume.digest(self.items))
         self.step, self._state, self._losses = facts.step, kept.tensors, facts.losses
-        self.planning.go_on_with(facts.checkpointing, facts.parts)
+        self.planning.go_on_with(facts.checkpointing, facts.parts, facts.storage)
         self.validation.go_on_from(facts.curve, kept.tensors)
         self.keeper.rollbacks = facts.rollbacks
         self.keeper.remember(lambda: kept.tensors, facts.step)
@@ -126,17 +127,15 @@ class Job:
             curve=list(self.validation.curve),
             checkpointing=self.planning.plan.checkpointing,
             parts=self.planning.plan.parts,
+            storage=self.planning.plan.storage,
             tier=self._tier,
             threads=torch.get_num_threads(),
             versions=versions(),
         )
 
     def _segment(self, model: Model, lease: GpuLease) -> Outcome:
-        if not self._base:
-            self._base = fingerprint(model.unet, *model.text.modules)
-            if self.begun.kept is not None:
-                resume.same_base(self.begun.kept.facts, self._base)
-            self._begin_with(model)
+        if self._placed != self.planning.plan.storage:
+            self._look_at(model)
         outcome = self.prepare(model, lease)
         if outcome is not Outcome.DONE:
             return outcome
@@ -158,10 +157,15 @@ class Job:
                 self._finish(segment, feed, steps)
         return outcome
 
-    def _begin_with(self, model: Model) -> None:
-        """Before anything is encoded. Raises ModelError for an initial LoRA that does not fit."""
-        placed = self.output.start.placed(self.config, model)
-        if placed:
+    def _look_at(self, model: Model) -> None:
+        """At a base that was placed. Raises ModelError when the run began with another, or with a LoRA that does not
+        fit."""
+        first, kept = not self._placed, self.begun.kept
+        self._base, self._placed = fingerprint(model.unet, *model.text.modules), self.planning.plan.storage
+        if kept is not None and kept.facts.storage == self._placed:
+            resume.same_base(kept.facts, self._base)
+        # Before anything is encoded.
+        if first and (placed := self.output.start.placed(self.config, model)):
             self.sink(Notice(text=what_of(placed, self.config)))
 
     def _leave(self, segment: Segment, feed: Feed, outcome: Outcome) -> None:

@@ -27,7 +27,7 @@ from lora_trainer.hosts.ports import LoraStore, Painter
 from lora_trainer.models.model import Model
 from lora_trainer.sampling import Recipe, generate
 from lora_trainer.training import randomness
-from lora_trainer.training.described import kohya_settings
+from lora_trainer.training.described import kohya_settings, storage_settings
 from lora_trainer.training.initial import NOTHING, Start
 from lora_trainer.training.noising import timesteps_of
 from lora_trainer.training.rescue import rescued
@@ -194,7 +194,11 @@ class Output:
             config_json=to_header(self.config),
             timesteps=timesteps_of(self.config, model.noise),
             initial=self.start.origin,
-            settings=kohya_settings(self.config) | {"clip_skip": skip if skip > 1 else None},
+            settings={
+                **kohya_settings(self.config),
+                **storage_settings(model.unet),
+                "clip_skip": skip if skip > 1 else None,
+            },
         )
         facts = DataFacts(folders, data.buckets, resolution, progress.batches_per_epoch, others)
         return build_metadata(run, facts, base)

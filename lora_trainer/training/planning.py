@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,6 +11,7 @@ import torch
 from lora_trainer.config import Config
 from lora_trainer.errors import UserError
 from lora_trainer.events import EventSink, Forecast, Notice, Progress
+from lora_trainer.hosts.ports import nothing
 from lora_trainer.training.feed import Feed
 from lora_trainer.training.fit import Outcome
 from lora_trainer.training.forecast import Gpu, Need, gpu_of, rehearse
@@ -28,10 +29,12 @@ class OutOfMemoryError(UserError):
 
 @dataclass
 class Planning:
-    """`need` is what the rehearsal of the current plan measured; `short` why it will not do, in words."""
+    """`need` is what the rehearsal of the current plan measured; `short` why it will not do, in words. `storages`: the
+    host's, lighter than one."""
 
     config: Config
     sink: EventSink
+    storages: Callable[[str], Sequence[str]] = nothing
     need: Need | None = None
     short: str = OUT_OF_MEMORY
 
@@ -41,22 +44,40 @@ class Planning:
 
     @property
     def lighter(self) -> Plan | None:
-        return self.plan.lighter(self.config.batch_size)
+        return self.plan.lighter(self.config.batch_size, self.storages)
 
-    def go_on_with(self, checkpointing: int, parts: int) -> None:
+    def go_on_with(self, checkpointing: int, parts: int, storage: str) -> None:
         """The plan that an earlier process came to."""
-        self.plan = Plan(max(checkpointing, self.plan.checkpointing), parts)
+        self.plan = Plan(max(checkpointing, self.plan.checkpointing), parts, storage)
 
     def step_down(self, step: int) -> None:
         """To the next lighter plan, after `step` updates. Raises OutOfMemoryError when nothing is left to give up."""
-        if self.lighter is None:
+        lighter = self.lighter
+        if lighter is None or not self._may(lighter):
+            stored = "" if lighter is None else f", or take auto_fit: true, which goes on with {lighter}"
             raise OutOfMemoryError(
                 f"step {step + 1}: out of GPU memory, also with {self.plan}. Close what else uses the GPU, or "
-                "lower resolution or lora_rank"
+                f"lower resolution or lora_rank{stored}"
             )
-        self.plan = self.lighter
+        self.plan = lighter
         self.sink(Notice(text=f"step {step + 1}: {self.short}, goes on with {self.plan}", level="warning"))
         self.short = OUT_OF_MEMORY
+
+    def store_lighter(self, when: str) -> None:
+        """To a lighter storage of the base, the only thing to give up before the steps. Raises OutOfMemoryError when
+        there is none."""
+        lighter = self.plan.stored_lighter(self.storages)
+        if lighter is None or not self._may(lighter):
+            stored = "" if lighter is None else f", or take base_precision={lighter.storage} or auto_fit: true"
+            raise OutOfMemoryError(
+                f"out of GPU memory {when}: close what else uses the GPU, or lower resolution{stored}"
+            )
+        self.plan = lighter
+        self.sink(Notice(text=f"out of memory {when}: goes on with the base in {lighter.storage}", level="warning"))
+
+    def _may(self, lighter: Plan) -> bool:
+        """Whether to take it without being asked: another storage changes what is computed."""
+        return self.config.auto_fit or lighter.storage == self.plan.storage
 
     def rehearse(self, segment: Segment, feed: Feed, steps: int, ready: Callable[[], object]) -> Outcome:
         """On a GPU: warm up, capture, and say what `steps` will need. DONE where the plan will do.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+import torch
+
 from lora_trainer.config import Config
 from lora_trainer.events import EventSink, Finished, Notice
 from lora_trainer.hosts.ports import Control, Host
@@ -46,7 +48,7 @@ def run(
         started_at = begun.kept.facts.started_at if begun.kept is not None else clock()
         start = Start.of(config) if begun.kept is None else Start(begun.kept.facts.initial)
         output = Output(config, host.store, sink, begun.name, started_at, clock, host.painter, start)
-        job = Job(config, items, output, sink, control or StopOnly(), begun)
+        job = Job(config, items, output, sink, control or StopOnly(), begun, host.lighter)
         try:
             outcome = _segments(job, host)
         finally:
@@ -76,10 +78,14 @@ def _segments(job: Job, host: Host) -> Outcome:
 
 def _session(job: Job, host: Host) -> Outcome:
     while True:
-        with host.models.borrow() as model:
-            outcome = job.segment(model, host.lease)
-            # The memory of what only the view holds is free when the host takes the model back.
-            del model
+        try:
+            with host.models.borrow(job.planning.plan.storage) as model:
+                outcome = job.segment(model, host.lease)
+                # The memory of what only the view holds is free when the host takes the model back.
+                del model
+        except torch.cuda.OutOfMemoryError:
+            job.planning.store_lighter("while placing the base model")
+            continue
         if outcome is Outcome.PAUSED or outcome not in GOES_ON:
             return outcome
 

@@ -39,7 +39,7 @@ _FACTS, _HASH = "lora_trainer_state", "sha256"
 class Facts(msgspec.Struct, frozen=True, kw_only=True):
     """What a state says beside its tensors. `base` and `data` tell what the run began with; `losses` are those of the
     window that the mean is taken over; `curve` is what was measured, and the weights at its best are among the tensors;
-    `initial` is the LoRA that it started from; `checkpointing` and `parts` are the rung of the memory ladder."""
+    `initial` is the LoRA that it started from; `checkpointing`, `parts` and `storage` are the memory ladder's rung."""
 
     version: int = VERSION
     step: int
@@ -54,6 +54,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     initial: dict[str, str] = {}
     checkpointing: int
     parts: int
+    storage: str = "auto"
     tier: str
     threads: int
     versions: dict[str, str]

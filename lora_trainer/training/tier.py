@@ -13,6 +13,7 @@ from lora_trainer.config import Config
 from lora_trainer.kernels.choose import Kernels
 from lora_trainer.kernels.plain import PlainOps
 from lora_trainer.models.model import Model
+from lora_trainer.models.stored import told_of
 from lora_trainer.training.precision import Precision
 
 # Copies of the convolutions' weights are made where they take at most this share of the free memory.
@@ -37,7 +38,7 @@ def choose_tier(config: Config, model: Model, precision: Precision, choose: Choo
     device, compute = model.facts.device, precision.compute
     choose = choose or Kernels(config.kernels).ops
     if device.type != "cuda":
-        return Tier(choose(device, compute)[0], False, torch.contiguous_format, {}, ())
+        return Tier(choose(device, compute)[0], False, torch.contiguous_format, {}, tuple(told_of(model.unet)))
     convs = [m for m in model.unet.modules() if type(m) is nn.Conv2d and max(m.kernel_size) > 1]
     size = copied(convs, compute)
     last = size <= SHARE * torch.cuda.mem_get_info(device)[0]
@@ -46,7 +47,7 @@ def choose_tier(config: Config, model: Model, precision: Precision, choose: Choo
     words = f"channels-last, {size / 1e9:.2f} GB of weights copied for it" if last else "no copies of weights (NCHW)"
     work = work_of(config, model, compute, layout)
     ops, told = choose(device, compute, deterministic=config.deterministic, work=work)
-    notices = [f"step: {ops.name}, captured as a CUDA graph, {words}", *filter(None, [told])]
+    notices = [*told_of(model.unet), f"step: {ops.name}, captured as a CUDA graph, {words}", *filter(None, [told])]
     return Tier(ops, True, layout, kernels, tuple(notices))
 
 

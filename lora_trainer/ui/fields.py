@@ -15,6 +15,7 @@ HIDDEN = {
     "base_model": "the host's loaded checkpoint",
     "output_dir": "the host's LoRA folder",
     "cache_dir": "a folder of the host's",
+    "base_precision": "the base is as the host stores it",
     "device": "the host's device",
     "cpu_threads": "the host's threads",
     "trial": "a button of its own",

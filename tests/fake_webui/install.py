@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from PIL.Image import Image
 
 ROOT = Path(__file__).parent / "webui"
@@ -92,7 +93,7 @@ class FakeWebUI:
         """SHA-256 over all tensors of the loaded model, with whatever is merged into them."""
         whole = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
-            whole.update(name.encode() + tensor.detach().numpy().tobytes())
+            whole.update(name.encode() + tensor.detach().flatten().view(torch.uint8).numpy().tobytes())
         return whole.hexdigest()
 
 

@@ -9,11 +9,12 @@ from itertools import islice
 import pytest
 import torch
 
-from benchmarks.step import RandomFeed, config_of, model_of
+from benchmarks.step import RandomFeed, bytes_of, config_of, model_of
 from benchmarks.workload import Workload
 from lora_trainer.adapters.kinds import KINDS
 from lora_trainer.errors import ConfigError
 from lora_trainer.kernels.plain import PlainOps
+from lora_trainer.models.storage import STORAGES, storage_of
 from lora_trainer.training import segment as segments
 from lora_trainer.training.capture import Captures
 from lora_trainer.training.library import optimizer_class
@@ -88,7 +89,8 @@ def gradient(work, *, captured=True, **changes):
     """Of the third of three batches of one shape, with weights that are all at work; and how many graphs there are."""
     batches = [batch for _, (batch,) in islice(RandomFeed(work).stream(0, pinned=True), 3)]
     generator = torch.Generator("cuda").manual_seed(0)
-    with torch_settings(None), segments.open_segment(config_of(work, **changes), model_of(work), None) as segment:
+    model = model_of(work, storage=changes.get("base_precision", "auto"))
+    with torch_settings(None), segments.open_segment(config_of(work, **changes), model, None) as segment:
         segment.captures.enabled &= captured
         masters, grads = segment.trainables.masters, segment.trainables.grads
         masters.copy_(torch.randn(masters.shape, device="cuda", generator=generator).mul_(0.02))
@@ -145,6 +147,38 @@ def test_no_step_waits_for_the_device(work):
             finally:
                 if number == 5:
                     torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("kernels", ["triton", "plain"])
+@pytest.mark.parametrize("name", STORAGES)
+def test_a_base_in_fewer_bits_is_captured_computes_the_same_and_waits_for_nobody(name, kernels):
+    try:
+        storage_of(name, torch.device("cuda"))
+    except ConfigError as error:
+        pytest.skip(str(error))
+    changes = {"base_precision": name, "kernels": kernels, "gradient_checkpointing": True}
+    plain, again = (gradient(WORK, captured=False, **changes)[0] for _ in range(2))
+    got, graphs = gradient(WORK, **changes)
+    print(f"{name}, {kernels}: {apart(got, plain):.2e}, eager against itself {apart(again, plain):.2e}")
+    assert plain.abs().max() > 0
+    assert graphs == 1
+    assert apart(got, plain) <= max(2 * apart(again, plain), 1e-3)
+    feed = RandomFeed(WORK).stream(0, pinned=True)
+    model = model_of(WORK, storage=name)
+    assert bytes_of(model.unet) < 0.85 * bytes_of(model_of(WORK).unet)
+    with torch_settings(None), segments.open_segment(config_of(WORK, **changes), model, None) as segment:
+        for number in range(6):
+            _, (batch,) = next(feed)
+            if number == 3:
+                torch.cuda.set_sync_debug_mode("error")
+            try:
+                segment.forward_backward(batch)
+                segment.update()
+            finally:
+                if number == 5:
+                    torch.cuda.set_sync_debug_mode("default")
+        assert segment.captures.count == 2
+        assert not segment.captures.reason
 
 
 def test_a_frozen_text_encoder_is_captured_too():

@@ -44,8 +44,8 @@ class Short(FileModels):
     failed = False
 
     @contextmanager
-    def borrow(self) -> Iterator[Model]:
-        with super().borrow() as model:
+    def borrow(self, storage: str | None = None) -> Iterator[Model]:
+        with super().borrow(storage) as model:
             model.unet.conv_out.register_forward_hook(self._fail)
             yield model
 

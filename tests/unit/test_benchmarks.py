@@ -9,11 +9,15 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from benchmarks import estimate, plot, plot_quality, quality, step
 from benchmarks.styles import STYLES, folders
 from lora_trainer.adapters.kinds import KINDS
+from lora_trainer.models.single_file import model_of, place
+from lora_trainer.models.storage import STORAGES
+from lora_trainer.models.stored import Stored
 
 ROOT = Path(__file__).parents[2]
 NEWEST = sorted((ROOT / "benchmarks" / "results").glob("*-h?00.jsonl"))[-1]
@@ -111,3 +115,18 @@ def test_settings_are_compared_by_seeds_that_saw_all_styles():
     rows = plot_quality.table([*whole, line("peer", "ink", 3, 0.01)]).splitlines()
     assert rows[2] == "| default | 0.4000 |  | 4 |"
     assert rows[3] == "| peer | 0.6000 | +0.2000 ± 0.0000 | 4 |"
+
+
+def test_a_measured_base_is_stored_as_a_runs_is(checkpoint):
+    def opened(storage):
+        family, state = place(checkpoint, torch.device("cpu"), torch.float32, storage=storage)
+        return model_of(state, family, checkpoint, device=torch.device("cpu"), hashes=lambda: None).unet
+
+    theirs, mine, whole = opened(STORAGES["fp8"]), opened(None), opened(None)
+    step.store(mine, STORAGES["fp8"])
+    names = [
+        {name for name, weight in unet.named_parameters() if isinstance(weight, Stored)} for unet in (theirs, mine)
+    ]
+    assert names[0] == names[1] != set()
+    saved = sum(3 * weight.numel() for weight in mine.parameters() if isinstance(weight, Stored))
+    assert step.bytes_of(mine) == step.bytes_of(theirs) == step.bytes_of(whole) - saved

@@ -274,6 +274,18 @@ def test_kohyas_example(tmp_path):
         assert key in left or {"shuffle_captions", "keep_tokens"} & set(settings)
 
 
+@pytest.mark.parametrize("key", ["fp8_base", "fp8_base_unet"])
+def test_kohyas_fp8_base(tmp_path, key):
+    values = LORA_SCRIPTS_PAGE | {key: True}
+    settings, left, remarks = taken(tmp_path, "page.json", json.dumps(values))
+    assert settings["base_precision"] == "fp8"
+    assert f"{key} True: the UNet's matrices in fp8, nothing else of the base" in remarks
+    assert key not in left
+    settings, left, _ = taken(tmp_path, "page.json", json.dumps(values | {key: False}))
+    assert "base_precision" not in settings
+    assert left[key][1].startswith("switched off there")
+
+
 def test_one_folder_is_the_train_data_dir_itself(tmp_path):
     settings, left, _ = taken(tmp_path, "repeats.toml")
     assert settings["train_data_dir"] == "C:\\hoge"

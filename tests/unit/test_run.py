@@ -81,9 +81,9 @@ def test_a_segment_ends_and_the_next_goes_on_as_if_nothing_had_happened(settings
         borrowed = 0
 
         @contextmanager
-        def borrow(self):
+        def borrow(self, storage=None):
             self.borrowed += 1
-            with super().borrow() as model:
+            with super().borrow(storage) as model:
                 yield model
 
     _, expected = train(settings)

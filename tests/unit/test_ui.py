@@ -202,6 +202,7 @@ def test_every_option_is_shown_once_or_hidden_for_a_reason():
     assert set(shown) | set(fields.HIDDEN) == set(options())
     assert set(fields.HIDDEN) == {
         "base_model",
+        "base_precision",
         "output_dir",
         "cache_dir",
         "device",

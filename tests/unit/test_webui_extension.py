@@ -22,6 +22,12 @@ def test_it_has_all_that_the_tab_asks_for(extension):
     assert [name for name in asked if not hasattr(type(extension), name) and not hasattr(extension, name)] == []
 
 
+def test_a_base_in_another_storage_than_the_webuis_is_refused(extension, pictures):
+    with pytest.raises(ConfigError, match=r"base_precision: expected auto, found 'nf4': .*would be a second copy"):
+        extension.submit({"train_data_dir": str(pictures), "base_precision": "nf4"})
+    assert extension.jobs.jobs() == []
+
+
 def test_pictures_are_looked_at_where_a_visitor_may(extension, fake_webui, pictures, monkeypatch):
     given = {"train_data_dir": str(pictures), "resolution": "128", "metadata_path": None}
     assert extension.check(given).usable == 6

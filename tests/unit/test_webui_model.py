@@ -113,6 +113,45 @@ def test_every_tensor_is_shared(ui):
     assert len(mine) > 700
 
 
+def in_fp8(sd_model):
+    """As the WebUI's setting FP8 weight leaves it (`sd_models.load_model_weights`): all but the VAE."""
+    parts = (sd_model.model.diffusion_model, sd_model.cond_stage_model.wrapped)
+    for module in (module for part in parts for module in part.modules()):
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
+            module.to(torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize("settings", [{}, {"train_text_encoder": True, "conv_rank": 2}])
+def test_an_fp8_base_is_lent_as_it_is_stored(ui, settings):
+    """No weight is copied; what is computed is what copies of them compute."""
+    from lora_trainer.models.stored import Stored, dense, stored_in
+    from lora_trainer.training.segment import open_segment
+    from tests.unit.test_fused import one_step
+
+    in_fp8(ui.model)
+    before, theirs = ui.digest(), ui.host("tensors").state_of(ui.model).values()
+    addresses = {t.data_ptr() for t in theirs if t.dtype == torch.float8_e4m3fn and t.dim() > 1}
+    found = []
+    for decode in (False, True):
+        models = lent(ui, mixed_precision="no", **settings)
+        with models.borrow() as model:
+            networks = (model.unet, model.text.module)
+            stored = [weight for network in networks for weight in stored_in(network)]
+            assert {weight.codes[0].data_ptr() for weight in stored} == addresses
+            assert {weight.dtype for weight in stored} == {torch.float32}
+            for module in (module for network in networks for module in network.modules() if decode):
+                if isinstance(getattr(module, "weight", None), Stored):
+                    module.weight = torch.nn.Parameter(dense(module.weight), requires_grad=False)
+            with open_segment(models.config, model, None) as segment:
+                if not settings:
+                    found.append(one_step(segment))
+                assert any("kept in fp8" in notice for notice in segment.notices) != decode
+    if found:
+        assert torch.equal(found[0][1], found[1][1])
+        assert found[0][1].any()
+    assert ui.digest() == before
+
+
 def test_unmerging_is_exact_and_the_next_prompt_merges_anew(ui):
     unmerge = ui.host("merged").unmerge
     before, plain = ui.digest(), ui.picture()

@@ -3,12 +3,13 @@
 # SHA-256 over all tensors of the loaded model, LoRAs of the last prompt included.
 DIGEST = """
 import hashlib
+import torch
 from modules import sd_models
 from modules.call_queue import queue_lock
 with queue_lock:
     whole = hashlib.sha256()
     for name, tensor in sorted(sd_models.model_data.sd_model.state_dict().items()):
-        whole.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+        whole.update(name.encode() + tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
 result = whole.hexdigest()
 """
 
@@ -39,6 +40,24 @@ with queue_lock:
         "vae": [len(places(vae) & mine[1]), len(vae)],
         "seconds": min(took),
     }
+"""
+
+# How many weights the WebUI stores in fp8, how many of them a view reads where they are, and how many it has in all.
+IN_FP8 = """
+import torch
+from modules import sd_models
+from modules.call_queue import queue_lock
+from lora_trainer.config import build
+from lora_trainer.hosts.webui.tensors import state_of
+from lora_trainer.hosts.webui.view import view_of
+from lora_trainer.models.stored import stored_in
+with queue_lock:
+    sd_model = sd_models.model_data.sd_model
+    model = view_of(sd_model, build({"base_model": "x", "train_data_dir": "y"}))
+    networks = (model.unet, model.text.module)
+    theirs = {t.data_ptr() for t in state_of(sd_model).values() if t.dtype == torch.float8_e4m3fn and t.dim() > 1}
+    read = {weight.codes[0].data_ptr() for network in networks for weight in stored_in(network)}
+    result = [len(theirs), len(theirs & read), sum(len(stored_in(network)) for network in networks)]
 """
 
 # Text encoder and UNet with a LoRA, through the WebUI's loader and through the trainer: how far they are from each

@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from tests.webui.families import UNET_SSD, UNET_VEGA, write_2, write_inpainting, write_refiner, write_xl
 from tests.webui.server import WORLD
-from tests.webui.snippets import DIGEST, applied_to_any, compared, scored
+from tests.webui.snippets import DIGEST, IN_FP8, applied_to_any, compared, scored
 
 # name: (family, prediction, version on the card)
 CASES = {
@@ -115,3 +115,22 @@ def test_training_on_it(ui, name):
     (preview,) = (ui.data / "lora_trainer" / "runs").rglob(f"on-{name}-step*-1.png")
     drawn = ui.picture(f"{PROMPT} <lora:on-{name}:1>", width=64, height=64)
     assert Image.open(preview).convert("RGB").tobytes() == drawn
+
+
+def test_a_base_that_the_webui_stores_in_fp8_is_trained_on_as_it_is_stored(ui):
+    choose(ui, WORLD, fp8_storage="Enable")
+    try:
+        weights, read, stored = ui.run(IN_FP8)
+        print(weights, read, stored)
+        assert weights == read == stored > 200
+        before, plain = ui.run(DIGEST), ui.picture(PROMPT)
+        given = {"output_name": "on-fp8", "max_train_steps": 6, "resolution": 64}
+        for trained in (False, True):
+            job = ui.until(ui.submit(**given, learning_rate=1e-2, train_text_encoder=trained)["id"])
+            assert job["state"] == "done", (job["error"], ui.log()[-3000:])
+            assert any("kept in fp8" in line for line in job["log"])
+            assert ui.run(DIGEST) == before
+            assert ui.picture(PROMPT) == plain
+            assert ui.picture(f"{PROMPT} <lora:on-fp8:1>") != plain
+    finally:
+        choose(ui, WORLD, fp8_storage="Disable")

@@ -95,7 +95,15 @@ class Extension:
             "output_dir": str(run),
             "cache_dir": str(self.home / "cache"),
         }
-        return build(known, given, family=checkpoint.family if checkpoint else "sd15")
+        config = build(known, given, family=checkpoint.family if checkpoint else "sd15")
+        if config.base_precision != "auto":
+            raise ConfigError(
+                [
+                    f"base_precision: expected auto, found {config.base_precision!r}: the loaded checkpoint is used as "
+                    "the WebUI stores it, and one stored anew would be a second copy; its setting FP8 weight takes less"
+                ]
+            )
+        return config
 
     def _refused(self, sd_model: Any) -> str | None:
         """Looked at once a checkpoint, since the tab asks all the time."""

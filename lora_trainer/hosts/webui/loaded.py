@@ -54,7 +54,7 @@ class LoadedModel:
     _lent: Fingerprint | None = field(default=None, init=False)
 
     @contextmanager
-    def borrow(self) -> Iterator[Model]:
+    def borrow(self, storage: str | None = None) -> Iterator[Model]:
         sd_model = self._ours()
         if unmerge(sd_model):
             self.sink(Notice(text="the LoRAs of the last prompt are taken out of the model for the training"))

@@ -17,6 +17,8 @@ from lora_trainer.models.bridge import unet_view, vae_view
 from lora_trainer.models.families import Family, predicting
 from lora_trainer.models.inpainting import TOLD, inpaints, paint_all
 from lora_trainer.models.model import CheckpointHashes, Model, ModelFacts
+from lora_trainer.models.storage import FP8, STORAGES
+from lora_trainer.models.stored import Stored
 
 
 def view_of(sd_model: Any, config: Config) -> Model:
@@ -66,8 +68,10 @@ def _heads(sd_model: Any) -> dict[str, int]:
 
 
 def _computable(tensor: Tensor) -> Tensor:
-    """8-bit storage cannot be computed with: the only case in which a copy is made."""
-    return tensor.half() if "float8" in str(tensor.dtype) else tensor
+    """The WebUI's fp8 as the dtype it computes in: weights decoded where they are used; only biases are copied."""
+    if tensor.dtype == FP8 and tensor.dim() > 1:
+        return Stored.over(tensor, STORAGES["fp8"], devices.dtype_unet)
+    return tensor.to(devices.dtype_unet) if "float8" in str(tensor.dtype) else tensor
 
 
 def _hashes(sd_model: Any) -> Callable[[], CheckpointHashes]:
