@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
+from lora_trainer.models.mmdit import MMDiT, Sizes
+
 Shapes = dict[str, tuple[int, ...]]
 
 OUTER = {
@@ -37,6 +39,13 @@ def unet_state(config: Mapping[str, Any]) -> Shapes:
     with torch.device("meta"):
         tensors = UNet2DConditionModel(**config).state_dict()
     return {"model.diffusion_model." + unet_name(name, config): tuple(t.shape) for name, t in tensors.items()}
+
+
+def mmdit_state(sizes: Sizes) -> Shapes:
+    """`model.diffusion_model.*` of Stable Diffusion 3's network, whose names are those of the checkpoint."""
+    with torch.device("meta"):
+        tensors = MMDiT(sizes).state_dict()
+    return {f"model.diffusion_model.{name}": tuple(t.shape) for name, t in tensors.items()}
 
 
 def unet_name(name: str, config: Mapping[str, Any]) -> str:

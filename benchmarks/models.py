@@ -17,13 +17,14 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from benchmarks.ldm import Shapes, clip_state, open_clip_state, unet_state
+from benchmarks.ldm import Shapes, clip_state, mmdit_state, open_clip_state, unet_state
+from lora_trainer.models.mmdit import MMDiT, Sizes
 from tests.ldm import SD15_UNET, SD15_VAE, vae_state
 
 # What is measured.
-Family = Literal["sd15", "sdxl"]
+Family = Literal["sd15", "sdxl", "sd3"]
 # What `write_checkpoint` writes.
-Form = Literal["sd15", "sdxl", "ssd", "vega", "refiner"]
+Form = Literal["sd15", "sdxl", "ssd", "vega", "refiner", "sd3"]
 
 SDXL_UNET = {
     "block_out_channels": (320, 640, 1280),
@@ -59,6 +60,10 @@ UNETS = {
         "projection_class_embeddings_input_dim": 2560,
     },
 }
+# Stable Diffusion 3 medium's network, its VAE and its larger CLIP.
+MEDIUM = Sizes(width=1536, depth=24, channels=16, patch=2, places=192 * 192, context=4096, pooled=2048)
+SD3_VAE = SD15_VAE | {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
+CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32}
 # CLIP ViT-L/14's text half: all of SD1's text encoder, and the smaller one of SDXL's two.
 CLIP_L = {
     "vocab_size": 49408,
@@ -73,10 +78,11 @@ CLIP_L = {
 SEED = 0
 
 
-def unet(family: Family, device: torch.device | str, dtype: torch.dtype) -> UNet2DConditionModel:
-    """The whole UNet on `device`, frozen, with the same random weights at every call on the same kind of device."""
+def unet(family: Family, device: torch.device | str, dtype: torch.dtype) -> UNet2DConditionModel | MMDiT:
+    """The whole UNet, or what SD3 has instead, on `device`, frozen, with the same random weights at every call on the
+    same kind of device."""
     with torch.device("meta"):
-        network = UNet2DConditionModel(**UNETS[family])
+        network = MMDiT(MEDIUM) if family == "sd3" else UNet2DConditionModel(**UNETS[family])
     return _materialise(network, torch.device(device), dtype)
 
 
@@ -95,11 +101,16 @@ def write_checkpoint(path: Path, family: Form, device: torch.device | str = "cpu
     """A random single-file checkpoint in fp16: UNet, VAE and text encoders under the names of the original releases.
 
     The numbers are drawn on `device` and written as they are drawn; the file takes 2.1 GB (sd15), 6.9 GB (sdxl),
-    4.5 GB (ssd), 3.3 GB (vega) or 6.1 GB (refiner).
+    4.5 GB (ssd), 3.3 GB (vega), 6.1 GB (refiner) or 6.0 GB (sd3).
     """
-    shapes = {name: tuple(tensor.shape) for name, tensor in vae_state(SD15_VAE, fill=_meta).items()}
-    shapes |= unet_state(UNETS[family])
-    if family == "sd15":
+    vae = SD3_VAE if family == "sd3" else SD15_VAE
+    shapes = {name: tuple(tensor.shape) for name, tensor in vae_state(vae, fill=_meta).items()}
+    shapes |= mmdit_state(MEDIUM) if family == "sd3" else unet_state(UNETS[family])
+    if family == "sd3":
+        shapes |= clip_state("text_encoders.clip_l.transformer.", CLIP_L)
+        shapes |= clip_state("text_encoders.clip_g.transformer.", CLIP_L | CLIP_G)
+        shapes["text_encoders.clip_g.transformer.text_projection.weight"] = (1280, 1280)
+    elif family == "sd15":
         shapes |= clip_state("cond_stage_model.transformer.", CLIP_L)
     elif family == "refiner":
         shapes |= open_clip_state("conditioner.embedders.0.model.", width=1280, layers=32)

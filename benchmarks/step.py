@@ -1,6 +1,6 @@
 """The product's own step and loop on networks of the real size: time, GPU time and memory.
 
-usage: python -m benchmarks.step [sd15|sdxl] [key=value ...]
+usage: python -m benchmarks.step [sd15|sdxl|sd3] [key=value ...]
 
 Keys are those of `Workload`, profile=1, webui=1, out=FILE to which the line of JSON is added, for `benchmarks.plot`,
 and settings of a run: kernels=plain, gradient_accumulation_steps=4, min_snr_gamma=5, masked_loss=true, adapter=oft.
@@ -31,6 +31,7 @@ from benchmarks.workload import LEARNING_RATE, Workload, samples
 from lora_trainer.adapters.kinds import KINDS
 from lora_trainer.config import Config, build
 from lora_trainer.config.sources import parse_overrides
+from lora_trainer.models.flow import Flow, shifted
 from lora_trainer.models.model import CheckpointHashes, Model, ModelFacts
 from lora_trainer.models.noise import NoiseSchedule, scaled_linear
 from lora_trainer.models.single_file import UNET, is_kernel, is_matrix
@@ -128,7 +129,8 @@ def model_of(work: Workload, *, webui: bool = False, storage: str = AUTO) -> Mod
     With `webui` its kernels lie as in a WebUI, whose tensors are not ours to lay out anew. `storage`: its
     base_precision."""
     device = torch.device(work.device)
-    noise = NoiseSchedule(scaled_linear(0.00085, 0.012, 1000).to(device), "epsilon")
+    flow = work.family == "sd3"
+    noise = Flow(shifted(3.0)) if flow else NoiseSchedule(scaled_linear(0.00085, 0.012, 1000), "epsilon")
     facts = ModelFacts("random", None, device, work.dtype, CheckpointHashes)
     clip = models.text_encoder(device, work.dtype) if work.train_text_encoder else None
     text = clip and TextEncoder(Tokenizer(), (ClipEncoder(clip),))
@@ -137,7 +139,7 @@ def model_of(work: Workload, *, webui: bool = False, storage: str = AUTO) -> Mod
         for weight in filter(is_kernel, unet.parameters()):
             weight.data = weight.data.contiguous(memory_format=torch.channels_last)
     store(unet, storage_of(storage, device))
-    return Model(unet, text, None, noise, facts)
+    return Model(unet, text, None, noise.to(device), facts)
 
 
 def store(unet: nn.Module, storage: Storage | None) -> None:

@@ -74,7 +74,9 @@ class Networks:
 
 
 def load(work: Workload) -> Networks:
-    """The frozen networks on their device, still without a LoRA."""
+    """The frozen networks on their device, still without a LoRA. Raises ValueError for those that learn a flow."""
+    if work.family == "sd3":
+        raise ValueError("sd3 is measured by benchmarks.step only")
     schedule = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     text = models.text_encoder(work.device, work.dtype) if work.train_text_encoder else None
     return Networks(models.unet(work.family, work.device, work.dtype), text, schedule)
@@ -104,7 +106,8 @@ def samples(work: Workload, count: int = 64) -> list[dict[str, Tensor]]:
         return torch.randn(shape, generator=generator).to(work.dtype)
 
     def sample() -> dict[str, Tensor]:
-        latents = {"latents": normal(4, side, side)}
+        sd3 = work.family == "sd3"
+        latents = {"latents": normal(16 if sd3 else 4, side, side)}
         if work.train_text_encoder:
             ids = torch.randint(0, BOS, (1, TOKENS), generator=generator)
             ids[:, 0], ids[:, 20:] = BOS, EOS
@@ -113,7 +116,11 @@ def samples(work: Workload, count: int = 64) -> list[dict[str, Tensor]]:
             return latents | {"context": normal(TOKENS, 768)}
         size = float(work.resolution)
         time_ids = torch.tensor([size, size, 0, 0, size, size], dtype=work.dtype)
-        return latents | {"context": normal(TOKENS, 2048), "text_embeds": normal(1280), "time_ids": time_ids}
+        return latents | {
+            "context": normal(TOKENS, 2048),
+            "text_embeds": normal(2048 if sd3 else 1280),
+            "time_ids": time_ids,
+        }
 
     return [sample() for _ in range(count)]
 

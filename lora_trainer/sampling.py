@@ -17,6 +17,7 @@ from lora_trainer.adapters.inject import Adapter, inject_factors, strengthened
 from lora_trainer.adapters.load import match, read_adapter
 from lora_trainer.adapters.parts import layer_name, parts_of
 from lora_trainer.errors import ModelError
+from lora_trainer.models.flow import Euler, Flow
 from lora_trainer.models.latents import decode, latent_shape, to_image
 from lora_trainer.models.model import Model
 from lora_trainer.models.noise import NoiseSchedule
@@ -26,7 +27,8 @@ from lora_trainer.training.precision import Precision
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a picture is drawn: DDIM (Song et al. 2021, arXiv:2010.02502) with classifier-free guidance.
+    """How a picture is drawn: DDIM (Song et al. 2021, arXiv:2010.02502) with classifier-free guidance; in models of a
+    flow Euler's method.
 
     `size`: (width, height) in pixels.
     """
@@ -38,9 +40,11 @@ class Recipe:
     seed: int = 42
 
 
-def scheduler(noise: NoiseSchedule) -> DDIMScheduler:
+def scheduler(noise: NoiseSchedule | Flow) -> DDIMScheduler | Euler:
     """diffusers' DDIM with this model's schedule, as Stable Diffusion 1.x is published with it. A schedule that ends
     without signal starts at its very end (arXiv:2305.08891, section 3.3)."""
+    if isinstance(noise, Flow):
+        return Euler(noise)
     ends_in_noise = noise.alphas_cumprod[-1] == 0
     return DDIMScheduler(
         trained_betas=_betas(noise.alphas_cumprod.cpu().double()),
@@ -64,17 +68,17 @@ def start(recipe: Recipe, shape: tuple[int, int, int]) -> Tensor:
 
 @torch.no_grad()
 def denoise(model: Model, prompt: str, recipe: Recipe, precision: Precision) -> Tensor:
-    """The finished latents of one prompt, [1, 4, h, w] float32."""
+    """The finished latents of one prompt, [1, C, h, w] float32."""
     device = model.facts.device
     told = conditions(model, [recipe.negative, prompt], recipe.size, negatives=1)
-    ddim = scheduler(model.noise)
-    ddim.set_timesteps(recipe.steps)
+    solver = scheduler(model.noise)
+    solver.set_timesteps(recipe.steps)
     x = start(recipe, latent_shape(model.vae, *recipe.size)).to(device)
-    for t in ddim.timesteps:
+    for t in solver.timesteps:
         with precision.autocast():
             out = model.unet(x.expand(2, -1, -1, -1), t.to(device), **told, return_dict=False)[0].float()
         away, towards = out.chunk(2)
-        x = ddim.step(away + recipe.guidance * (towards - away), t, x, return_dict=False)[0]
+        x = solver.step(away + recipe.guidance * (towards - away), t, x, return_dict=False)[0]
     return x
 
 

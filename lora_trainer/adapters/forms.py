@@ -15,7 +15,7 @@ from lora_trainer.adapters.load import Lora
 from lora_trainer.adapters.naming import TEXT_PREFIX, UNET_PREFIX, Factors, kohya_name, native_name
 from lora_trainer.adapters.targets import ATTENTION, CONV
 from lora_trainer.errors import ModelError
-from lora_trainer.models.families import FAMILIES, REFINER, SD1, SD2, SDXL, Family
+from lora_trainer.models.families import FAMILIES, REFINER, SD1, SD2, SD3, SDXL, Family
 from lora_trainer.models.text import NETWORKS
 from lora_trainer.models.unet_names import OUTER, RESNET, to_diffusers, to_ldm
 
@@ -61,6 +61,8 @@ def family_of(lora: Lora) -> Family | None:
 
 def told_family(lora: Lora, name: str | None) -> Family:
     """The one called `name`, else what the file tells. Raises ModelError."""
+    if lora.metadata.get("modelspec.architecture", "").startswith(SD3.architecture):
+        raise ModelError(f"{lora.path}: a LoRA for {SD3.name}; expected one for Stable Diffusion 1.x, 2.x or SDXL")
     family = BY_NAME[name] if name else family_of(lora)
     if family is None:
         known = ", ".join(BY_NAME)

@@ -150,7 +150,8 @@ def _spec(name: str, base: BaseFacts, at: float) -> dict[str, object]:
         "implementation": SGM if "-xl-" in base.architecture else "diffusers",
         "title": name,
         "date": datetime.fromtimestamp(int(at), timezone.utc).strftime("%Y-%m-%dT%H:%M:%S"),
-        "prediction_type": base.prediction,
+        # The standard has no word for a flow.
+        **({} if base.prediction == "flow" else {"prediction_type": base.prediction}),
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -122,16 +122,23 @@ def from_native(name: str) -> str:
     return _NATIVE.sub(lambda found: f"{TEXT_PREFIX}2_text_model_encoder_layers_{found[1]}_{theirs[found[2]]}", name)
 
 
-def to_kohya(prefix: str, factors: Mapping[str, Weights]) -> dict[str, Tensor]:
+def to_kohya(prefix: str, factors: Mapping[str, Weights], *, alphas: bool = True) -> dict[str, Tensor]:
     """The tensors of `factors` (by module name) under kohya's names, each module with its true alpha, if it has one.
-    LyCORIS names its own alike (github.com/KohakuBlueleaf/LyCORIS)."""
+    LyCORIS names its own alike (github.com/KohakuBlueleaf/LyCORIS). Without `alphas`, LoRAs have alpha / rank folded
+    into up, as all loaders read what has none."""
     tensors: dict[str, Tensor] = {}
     for module_name, f in factors.items():
         name = kohya_name(prefix, module_name)
-        tensors |= {f"{name}.{part}": tensor for part, tensor in f.parts().items()}
-        if f.alpha is not None:
+        parts = f.parts() if alphas else folded(f).parts()
+        tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+        if alphas and f.alpha is not None:
             tensors[f"{name}.alpha"] = torch.tensor(f.alpha, dtype=torch.float32)
     return tensors
+
+
+def folded(f: Factors) -> Factors:
+    """The same LoRA with alpha = rank."""
+    return replace(f, up=f.up * (f.alpha / f.rank), alpha=float(f.rank))
 
 
 def to_diffusers(factors: Mapping[str, Factors], network: str = "unet") -> dict[str, Tensor]:
@@ -143,5 +150,5 @@ def to_diffusers(factors: Mapping[str, Factors], network: str = "unet") -> dict[
     tensors: dict[str, Tensor] = {}
     for module_name, f in factors.items():
         tensors[f"{network}.{module_name}.lora_A.weight"] = f.down
-        tensors[f"{network}.{module_name}.lora_B.weight"] = f.up * (f.alpha / f.rank)
+        tensors[f"{network}.{module_name}.lora_B.weight"] = folded(f).up
     return tensors

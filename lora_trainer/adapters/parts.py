@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lora_trainer.adapters.naming import UNET_PREFIX, Factors, Weights, kohya_name, native_name, to_kohya
 from lora_trainer.models.families import Family
+from lora_trainer.models.mmdit import MMDiT
 from lora_trainer.models.model import Model
 from lora_trainer.models.unet_names import to_ldm
 
@@ -24,7 +25,7 @@ class Part:
     LDM's, which others' files may have in any family.
 
     `native` has the last word on the whole name. `packed`: its attention is one tensor in the host, which applies a
-    LoRA of it whole or not at all.
+    LoRA of it whole or not at all. `alphas`: the host reads them.
     """
 
     module: nn.Module
@@ -33,6 +34,7 @@ class Part:
     packed: bool = False
     ldm: Callable[[str], str] = str
     native: Callable[[str], str] = str
+    alphas: bool = True
 
     def in_files(self, factors: Mapping[str, Weights]) -> dict[str, Weights]:
         """`factors` (by module name) by the names that kohya's form gives them, and what else the WebUI needs."""
@@ -42,7 +44,7 @@ class Part:
     def to_kohya(self, factors: Mapping[str, Weights]) -> dict[str, Tensor]:
         """The tensors of `factors` (by module name) as the WebUI reads them."""
         whole = whole_attention(factors) if self.packed else factors
-        tensors = to_kohya(self.prefix, {self.named(name): f for name, f in whole.items()})
+        tensors = to_kohya(self.prefix, {self.named(name): f for name, f in whole.items()}, alphas=self.alphas)
         return {self.native(name): tensor for name, tensor in tensors.items()}
 
 
@@ -51,18 +53,25 @@ def parts_of(model: Model) -> dict[str, Part]:
     return parts(model.facts.family, model.unet, {name: text.module for name, text in model.text.networks.items()})
 
 
-def parts(family: Family, unet: UNet2DConditionModel, encoders: Mapping[str, nn.Module]) -> dict[str, Part]:
+def parts(family: Family, unet: UNet2DConditionModel | MMDiT, encoders: Mapping[str, nn.Module]) -> dict[str, Part]:
     """The same of a model's networks by themselves, `encoders` in their order."""
     ldm = ldm_names(unet)
-    found = {"unet": Part(unet, UNET_PREFIX, ldm if family.ldm_names else str, ldm=ldm)}
+    found = {"unet": Part(unet, UNET_PREFIX, ldm if family.ldm_names else str, ldm=ldm, alphas=family.alphas)}
     for (network, module), text in zip(encoders.items(), family.text, strict=True):
-        native = native_name if text.native else str
-        found[network] = Part(module, text.lora, packed=text.form == "open_clip", native=native)
+        found[network] = Part(
+            module,
+            text.lora,
+            packed=text.form == "open_clip",
+            native=native_name if text.native else str,
+            alphas=family.alphas,
+        )
     return found
 
 
-def ldm_names(unet: UNet2DConditionModel) -> Callable[[str], str]:
-    """The checkpoint's own name of a module by diffusers' name."""
+def ldm_names(unet: UNet2DConditionModel | MMDiT) -> Callable[[str], str]:
+    """The checkpoint's own name of a module by the view's, diffusers' name in a UNet."""
+    if isinstance(unet, MMDiT):
+        return str
     attends = ["CrossAttn" in kind for kind in unet.config.up_block_types]
     return partial(to_ldm, layers_per_block=unet.config.layers_per_block, attends=attends)
 

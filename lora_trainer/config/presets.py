@@ -11,20 +11,22 @@ from typing import Any
 
 NONE = "none"
 # SD2's UNet is SD1.5's, with a wider text encoder in front: what suits one suits the other.
-FAMILIES = {"sd15": "SD1.5 and SD2", "sdxl": "SDXL"}
+FAMILIES = {"sd15": "SD1.5 and SD2", "sdxl": "SDXL", "sd3": "Stable Diffusion 3"}
 Values = Mapping[str, Any]
 # Four pictures a step, as by default, in the memory of a card with 12 to 24 GB.
 _HALF_BATCHES = {"batch_size": 2, "gradient_accumulation_steps": 2}
+_LARGE = {"learning_rate": 1e-4, **_HALF_BATCHES}
 
 
 @dataclass(frozen=True)
 class Preset:
-    """`why` is one sentence. `sd15` and `sdxl` come on top of `values`."""
+    """`why` is one sentence. `sd15`, `sdxl` and `sd3` come on top of `values`."""
 
     why: str
     values: Values
     sd15: Values = field(default_factory=dict)
     sdxl: Values = field(default_factory=dict)
+    sd3: Values = field(default_factory=dict)
 
     def of(self, family: str) -> dict[str, Any]:
         """Its settings for a model of `family`, one of FAMILIES."""
@@ -36,21 +38,25 @@ PRESETS = {
         "A style is in every picture and needs no word that the model does not know: a larger rank and more epochs "
         "make it strong.",
         {"lora_rank": 16, "epochs": 15},
-        sdxl={"learning_rate": 1e-4, **_HALF_BATCHES},
+        sdxl=_LARGE,
+        sd3=_LARGE,
     ),
     "character": Preset(
         "A face is small details under a new name, mostly from few pictures: half the learning rate over twice the "
-        "epochs, min-SNR against learning their grain, and on SD1.5 and SD2 the text encoder learns the name.",
-        {"lora_rank": 16, "epochs": 20, "min_snr_gamma": 5.0},
-        sd15={"learning_rate": 2.5e-4, "train_text_encoder": True},
-        sdxl={"learning_rate": 1e-4, **_HALF_BATCHES},
+        "epochs, on SD1.5, SD2 and SDXL min-SNR against learning their grain, and on SD1.5 and SD2 the text encoder "
+        "learns the name.",
+        {"lora_rank": 16, "epochs": 20},
+        sd15={"learning_rate": 2.5e-4, "train_text_encoder": True, "min_snr_gamma": 5.0},
+        sdxl={**_LARGE, "min_snr_gamma": 5.0},
+        sd3=_LARGE,
     ),
     "object": Preset(
         "A thing has one shape, which the default rank holds: half the learning rate over twice the epochs learns it "
         "rather than its surroundings, of which the crop keeps what is around the most detail.",
         {"epochs": 20, "crop": "focus"},
         sd15={"learning_rate": 2.5e-4},
-        sdxl={"learning_rate": 1e-4, **_HALF_BATCHES},
+        sdxl=_LARGE,
+        sd3=_LARGE,
     ),
     "trial": Preset(
         "A few steps on a few pictures show whether all works, and how long the whole run will take.",

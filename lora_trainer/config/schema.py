@@ -56,7 +56,8 @@ class Config(Adapting, frozen=True, kw_only=True, forbid_unknown_fields=True):
     base_model: Annotated[
         str,
         _about(
-            MODEL, "The checkpoint to train on: a single-file Stable Diffusion 1.x, 2.x or SDXL .safetensors or .ckpt."
+            MODEL,
+            "The checkpoint to train on: a single-file Stable Diffusion 1.x, 2.x, 3 or SDXL .safetensors or .ckpt.",
         ),
     ]
     mixed_precision: Annotated[

@@ -14,8 +14,8 @@ from lora_trainer.config.schema import TRUSTED
 from lora_trainer.config.yaml_text import YamlProblem, parse_yaml
 from lora_trainer.errors import ConfigError
 
-# Where SDXL checkpoints keep their two text encoders.
-SDXL = "conditioner.embedders."
+# Where SDXL checkpoints keep their two text encoders, and what begins Stable Diffusion 3's blocks.
+SDXL, SD3 = "conditioner.embedders.", "model.diffusion_model.joint_blocks."
 HEADER_KEY = "lora_trainer_config"
 # Of more than this, reading YAML takes seconds.
 MAX_FILE_BYTES = 64 * 1024
@@ -77,7 +77,8 @@ def family_of(*sources: Mapping[str, object]) -> str:
         names = read_json_header(Path(path)) if readable else {}
     except (OSError, ValueError):
         names = {}
-    return "sdxl" if any(name.startswith(SDXL) for name in names) else "sd15"
+    marks = {"sdxl": SDXL, "sd3": SD3}
+    return next((family for family, mark in marks.items() if any(name.startswith(mark) for name in names)), "sd15")
 
 
 def _value(text: str) -> Any:

@@ -18,8 +18,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from lora_trainer.errors import ModelError
 from lora_trainer.models import open_clip, unet_names, vae_names
+from lora_trainer.models.mmdit import MMDiT, Sizes
 
 TEXT_PREFIX = "cond_stage_model.transformer."
+PROJECTION = "text_projection.weight"
 
 State = Mapping[str, Tensor]
 
@@ -37,7 +39,15 @@ def unet_view(state: State, *, num_heads: int | None = None, head_channels: int 
     return _assign(unet, part, lambda name: unet_names.to_diffusers(name, layers))
 
 
-def vae_view(state: State, *, scale_factor: float) -> AutoencoderKL:
+def mmdit_view(state: State) -> MMDiT:
+    """The network of a Stable Diffusion 3 checkpoint, frozen, sharing every tensor."""
+    part = _part(state, unet_names.LDM_PREFIX)
+    with torch.device("meta"), _Blank():
+        network = MMDiT(mmdit_sizes(part))
+    return _assign(network, part, str)
+
+
+def vae_view(state: State, *, scale_factor: float, shift_factor: float = 0.0) -> AutoencoderKL:
     """The VAE of an LDM state dict as a frozen diffusers model that shares every tensor."""
     part = {
         name: tensor
@@ -45,6 +55,8 @@ def vae_view(state: State, *, scale_factor: float) -> AutoencoderKL:
         if name.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv."))
     }
     config = vae_config(part, scale_factor=scale_factor)
+    if shift_factor:
+        config["shift_factor"] = shift_factor
     levels = len(config["block_out_channels"])
     with torch.device("meta"), _Blank():
         vae = AutoencoderKL(**config)
@@ -52,17 +64,25 @@ def vae_view(state: State, *, scale_factor: float) -> AutoencoderKL:
 
 
 def text_view(
-    state: State, *, prefix: str = TEXT_PREFIX, config_folder: Path | None = None, config: CLIPTextConfig | None = None
-) -> CLIPTextModel:
-    """A CLIP text encoder of `state` as a frozen transformers model that shares every parameter.
+    state: State,
+    *,
+    prefix: str = TEXT_PREFIX,
+    config_folder: Path | None = None,
+    config: CLIPTextConfig | None = None,
+    activation: str = "quick_gelu",
+    projection: bool = False,
+) -> CLIPTextModel | CLIPTextModelWithProjection:
+    """A CLIP text encoder of `state` as a frozen transformers model that shares every parameter; with its `projection`
+    or without.
 
     The number of heads is that of `config`, or read from `config_folder`, else it follows from CLIP's 64 channels a
-    head.
+    head; likewise the `activation`.
     """
-    part = _part(state, prefix)
-    part = {name: tensor for name, tensor in part.items() if not name.endswith("position_ids")}
+    left_out = "position_ids" if projection else ("position_ids", PROJECTION)
+    part = {name: tensor for name, tensor in _part(state, prefix).items() if not name.endswith(left_out)}
+    config = config or text_config(part, config_folder, activation)
     with torch.device("meta"), _Blank():
-        text = CLIPTextModel(config or text_config(part, config_folder))
+        text = CLIPTextModelWithProjection(config) if projection else CLIPTextModel(config)
     return _assigned_text(text, part)
 
 
@@ -74,8 +94,6 @@ def open_clip_view(state: State, *, prefix: str, projection: bool) -> CLIPTextMo
     ends = sizes.vocab_size - 1
     # Both differ between versions of transformers where they are left to it.
     settings = {"hidden_act": "gelu", "eos_token_id": ends, "bos_token_id": ends - 1, "pad_token_id": 0}
-    if projection and "text_projection.weight" in part:
-        settings["projection_dim"] = part["text_projection.weight"].shape[0]
     kind = CLIPTextModelWithProjection if projection else CLIPTextModel
     with torch.device("meta"), _Blank():
         text = kind(CLIPTextConfig.from_dict({**sizes.to_dict(), **settings}))
@@ -146,22 +164,39 @@ def _depth(part: State, block: str) -> int:
     return len({name[len(start) :].split(".")[0] for name in part if name.startswith(start)})
 
 
+def mmdit_sizes(part: State) -> Sizes:
+    """From the shapes of an MMDiT's tensors."""
+    width, channels, patch, _ = part["x_embedder.proj.weight"].shape
+    return Sizes(
+        width=width,
+        depth=len({name.split(".")[1] for name in part if name.startswith("joint_blocks.")}),
+        channels=channels,
+        patch=patch,
+        places=part["pos_embed"].shape[1],
+        context=part["context_embedder.weight"].shape[1],
+        pooled=part["y_embedder.mlp.0.weight"].shape[1],
+    )
+
+
 def vae_config(part: State, *, scale_factor: float) -> dict:
     """AutoencoderKL's arguments, from the shapes of an LDM VAE."""
     levels = 1 + max(int(name.split(".")[2]) for name in part if name.startswith("encoder.down."))
     blocks = [name for name in part if name.startswith("encoder.down.0.block.")]
     channels = tuple(part[f"encoder.down.{level}.block.0.conv1.weight"].shape[0] for level in range(levels))
-    return {
+    quantised = "post_quant_conv.weight" in part
+    config = {
         "block_out_channels": channels,
         "layers_per_block": 1 + max(int(name.split(".")[4]) for name in blocks),
         "down_block_types": ("DownEncoderBlock2D",) * levels,
         "up_block_types": ("UpDecoderBlock2D",) * levels,
-        "latent_channels": part["post_quant_conv.weight"].shape[1],
+        "latent_channels": part["post_quant_conv.weight" if quantised else "decoder.conv_in.weight"].shape[1],
         "scaling_factor": scale_factor,
     }
+    # Newer VAEs have none, such as SD3's.
+    return config if quantised else config | {"use_quant_conv": False, "use_post_quant_conv": False}
 
 
-def text_config(part: State, folder: Path | None) -> CLIPTextConfig:
+def text_config(part: State, folder: Path | None, activation: str = "quick_gelu") -> CLIPTextConfig:
     """The text encoder's config: of `folder` where there is one, with the sizes of the tensors."""
     vocabulary, width = part["text_model.embeddings.token_embedding.weight"].shape
     layers = [name for name in part if name.endswith(".mlp.fc1.weight")]
@@ -172,8 +207,10 @@ def text_config(part: State, folder: Path | None) -> CLIPTextConfig:
         "num_hidden_layers": len(layers),
         "max_position_embeddings": part["text_model.embeddings.position_embedding.weight"].shape[0],
     }
+    if PROJECTION in part:
+        sizes["projection_dim"] = part[PROJECTION].shape[0]
     if folder is None:
-        return CLIPTextConfig(**sizes, num_attention_heads=max(1, width // 64), hidden_act="quick_gelu")
+        return CLIPTextConfig(**sizes, num_attention_heads=max(1, width // 64), hidden_act=activation)
     return CLIPTextConfig.from_pretrained(folder, local_files_only=True, **sizes)
 
 

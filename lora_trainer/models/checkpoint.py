@@ -23,7 +23,10 @@ from lora_trainer.errors import ModelError
 
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth")
 # The parts of a Stable Diffusion file that a run needs; EMA copies and training leftovers stay in the file.
-PARTS = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.", "alphas_cumprod")
+PARTS = (
+    *("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.", "alphas_cumprod"),
+    *("text_encoders.clip_l.", "text_encoders.clip_g."),
+)
 # Tensors that say by being there that a model predicts v, and that its schedule ends without signal.
 V_PREDICTION, ZERO_TERMINAL = FLAGS = ("v_pred", "ztsnr")
 

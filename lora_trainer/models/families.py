@@ -13,11 +13,14 @@ from lora_trainer.models.checkpoint import Shapes
 from lora_trainer.models.noise import Prediction
 
 SUPPORTED = (
-    "Stable Diffusion 1.x, 2.x, SDXL, its refiner or SSD-1B (.safetensors or .ckpt in the WebUI's single-file form)"
+    "Stable Diffusion 1.x, 2.x, 3 medium, SDXL, its refiner or SSD-1B (.safetensors or .ckpt in the WebUI's "
+    "single-file form)"
 )
 
 _UNET = "model.diffusion_model."
 _CONV_IN = _UNET + "input_blocks.0.0.weight"
+_JOINT = "joint_blocks.0.x_block.attn.qkv.weight"
+_VAE = "first_stage_model.decoder.conv_in.weight"
 # A text encoder's first tensor: transformers' name and OpenCLIP's.
 _EMBEDDING = {"clip": "text_model.embeddings.token_embedding.weight", "open_clip": "token_embedding.weight"}
 
@@ -28,9 +31,10 @@ class TextPart:
 
     `prefix` begins its tensors' names in a checkpoint, whose `form` is transformers' or OpenCLIP's; `lora` its modules'
     names in a LoRA. What it says is the output of `layer`, counted from the last, after the final norm if `normed`. The
-    token `pad` fills a chunk up (None: end-of-text). `pooled`: it also says one vector for the whole caption. `network`
-    is diffusers' name of it; `native`: LoRA files call its modules by the WebUI's own names, the only ones that it
-    finds.
+    token `pad` fills a chunk up (None: end-of-text). `pooled`: it also says one vector for the whole caption, which
+    passes a projection in OpenCLIP's form, and in transformers' if `projected`. `activation`: of transformers' form.
+    `network` is diffusers' name of it; `native`: LoRA files call its modules by the WebUI's own names, the only ones
+    that it finds.
     """
 
     prefix: str
@@ -42,6 +46,8 @@ class TextPart:
     pooled: bool = False
     network: str = "text_encoder"
     native: bool = False
+    projected: bool = False
+    activation: str = "quick_gelu"
 
     @property
     def embedding(self) -> str:
@@ -51,11 +57,14 @@ class TextPart:
 
 @dataclass(frozen=True)
 class Family:
-    """`base_version` is what `ss_base_model_version` says; `scale_factor` turns VAE latents into UNet latents.
+    """`base_version` is what `ss_base_model_version` says; `scale_factor` turns VAE latents into UNet latents, after
+    `shift_factor` was subtracted. `network`: what is asked for the noise; where that is no UNet, `flow_shift` is that
+    of its schedule, which is a rectified flow.
 
     A UNet has `num_heads` in each attention, or as many as have `head_channels` each. `ldm_names`: LoRA files call its
     modules by CompVis' names instead of diffusers'; `attends`: which levels of its UNet's up side have attention.
     `clip_skip`: the user may choose the layer of the text encoder.
+    `alphas`: hosts read them in a LoRA; where they do not, alpha / rank is folded into the weights.
     `probed`: its files do not say what the UNet predicts, which is tested. `heavy_text`: too large to be kept in fp32
     for a few captions. `max_timestep`: it was trained below that timestep alone. `scores`: the UNet is told how
     beautiful a picture is, with a prompt and with a negative one, in place of the target size.
@@ -68,11 +77,15 @@ class Family:
     scale_factor: float
     prediction: Prediction
     text: tuple[TextPart, ...]
+    network: Literal["unet", "mmdit"] = "unet"
+    shift_factor: float = 0.0
+    flow_shift: float = 1.0
     num_heads: int | None = None
     head_channels: int | None = None
     ldm_names: bool = False
     attends: tuple[bool, ...] = (False, True, True, True)
     clip_skip: bool = False
+    alphas: bool = True
     probed: bool = False
     heavy_text: bool = False
     linear_start: float = 0.00085
@@ -165,6 +178,35 @@ REFINER = replace(
     max_timestep=200,
     scores=(6.0, 2.5),
 )
+# Esser et al. 2024, arXiv:2403.03206; without T5-XXL, as the WebUI loads it by default.
+SD3 = Family(
+    name="Stable Diffusion 3",
+    base_version="sd3_medium",
+    architecture="stable-diffusion-3-medium",
+    resolution=1024,
+    scale_factor=1.5305,
+    prediction="flow",
+    text=(
+        TextPart("text_encoders.clip_l.transformer.", "lora_te1", layer=2, normed=False, pooled=True),
+        TextPart(
+            "text_encoders.clip_g.transformer.",
+            "lora_te2",
+            layer=2,
+            normed=False,
+            pad=0,
+            pooled=True,
+            projected=True,
+            activation="gelu",
+            network="text_encoder_2",
+        ),
+    ),
+    network="mmdit",
+    shift_factor=0.0609,
+    flow_shift=3.0,
+    alphas=False,
+    heavy_text=True,
+)
+# Those with UNets.
 FAMILIES = (SDXL, REFINER, SD2, SD1)
 
 # The first key that is there names what the file is instead; networks alone come without the checkpoint's prefix.
@@ -178,7 +220,7 @@ _OTHERS = {
 }
 # The same of networks of other kinds, which are transformers.
 _TRANSFORMERS = {
-    "joint_blocks.0.x_block.attn.qkv.weight": "a Stable Diffusion 3 checkpoint",
+    "joint_blocks.0.x_block.attn.ln_q.weight": "a Stable Diffusion 3.5 checkpoint",
     "distilled_guidance_layer.in_proj.weight": "a Chroma checkpoint",
     "double_stream_modulation_img.lin.weight": "a Flux.2 checkpoint",
     "double_blocks.0.img_attn.qkv.weight": "a Flux checkpoint",
@@ -213,12 +255,14 @@ def detect(shapes: Shapes, name: str) -> Family:
         raise ModelError(f"{name}: this is {other}; expected {SUPPORTED}")
     if any(part in key for key in shapes for part in _ADAPTERS):
         raise ModelError(f"{name}: this is a LoRA, not a checkpoint; base_model must name {SUPPORTED}")
+    if any(_JOINT in key for key in shapes):
+        return _sd3(shapes, name)
     family = _by_text(shapes)
     missing = [
         part
         for part, there in {
             "a UNet with text attention": any(_is_context(key) and shape for key, shape in shapes.items()),
-            "a VAE": bool(shapes.get("first_stage_model.decoder.conv_in.weight")),
+            "a VAE": bool(shapes.get(_VAE)),
             "a CLIP text encoder": family is not None,
         }.items()
         if not there
@@ -239,6 +283,22 @@ def detect(shapes: Shapes, name: str) -> Family:
     if family is SD2 and shapes.get(_UNET + "label_emb.0.0.weight"):
         raise ModelError(f"{name}: this is an unCLIP checkpoint; expected {SUPPORTED}")
     return family
+
+
+def _sd3(shapes: Shapes, name: str) -> Family:
+    """Raises ModelError for one that is not whole."""
+    wanted = {
+        f"{_UNET}*": _UNET + _JOINT,
+        "a VAE": _VAE,
+        **{f"a text encoder {part.prefix}*": part.embedding for part in SD3.text},
+    }
+    missing = [part for part, key in wanted.items() if not shapes.get(key)]
+    if missing:
+        raise ModelError(
+            f"{name}: a Stable Diffusion 3 checkpoint without {' and '.join(missing)}; expected one file with all, "
+            "such as sd3_medium_incl_clips.safetensors"
+        )
+    return SD3
 
 
 def _other(shapes: Shapes) -> str | None:

@@ -8,6 +8,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 
 from lora_trainer.models.latents import posterior
+from lora_trainer.models.mmdit import MMDiT
 
 CHANNELS = 9
 TOLD = (
@@ -15,11 +16,11 @@ TOLD = (
 )
 
 
-def inpaints(unet: UNet2DConditionModel) -> bool:
+def inpaints(unet: UNet2DConditionModel | MMDiT) -> bool:
     return unet.config.in_channels == CHANNELS
 
 
-def paint_all(unet: UNet2DConditionModel, vae: AutoencoderKL) -> None:
+def paint_all(unet: UNet2DConditionModel | MMDiT, vae: AutoencoderKL) -> None:
     """Let an inpainting `unet` that is shown noisy latents alone draw a whole picture, as the WebUI's txt2img does."""
     blanks: dict[tuple[int, int], Tensor] = {}
 

@@ -75,7 +75,8 @@ def joined(parts: Sequence[Moments]) -> Moments:
 
 def sampled(vae: AutoencoderKL, moments: Moments, noise: Tensor) -> Tensor:
     """Scaled latents; `noise` (of their shape, float32) picks the sample, so that equal seeds give equal latents."""
-    return (moments.mean + moments.std * noise.to(moments.mean.device)) * vae.config.scaling_factor
+    drawn = moments.mean + moments.std * noise.to(moments.mean.device)
+    return (drawn - shift_of(vae)) * vae.config.scaling_factor
 
 
 def _on_cpu(vae: AutoencoderKL) -> AutoencoderKL:
@@ -103,8 +104,13 @@ def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
 
 def _decoded(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     parameter = next(vae.parameters())
-    scaled = (latents / vae.config.scaling_factor).to(parameter.device, parameter.dtype)
+    scaled = (latents / vae.config.scaling_factor + shift_of(vae)).to(parameter.device, parameter.dtype)
     return vae.decode(scaled).sample.float()
+
+
+def shift_of(vae: AutoencoderKL) -> float:
+    """What is subtracted from latents before they are scaled: SD3's are off the centre."""
+    return vae.config.get("shift_factor") or 0.0
 
 
 def latent_shape(vae: AutoencoderKL, width: int, height: int) -> tuple[int, int, int]:

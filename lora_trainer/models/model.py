@@ -9,6 +9,8 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from lora_trainer.models.families import Family
+from lora_trainer.models.flow import Flow
+from lora_trainer.models.mmdit import MMDiT
 from lora_trainer.models.noise import NoiseSchedule
 from lora_trainer.models.text import TextEncoder
 
@@ -35,10 +37,11 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class Model:
-    """The borrowed model: frozen views that share the host's tensors."""
+    """The borrowed model: frozen views that share the host's tensors. `unet`: a UNet, or what Stable Diffusion 3 has in
+    its place."""
 
-    unet: UNet2DConditionModel
+    unet: UNet2DConditionModel | MMDiT
     text: TextEncoder
     vae: AutoencoderKL
-    noise: NoiseSchedule
+    noise: NoiseSchedule | Flow
     facts: ModelFacts

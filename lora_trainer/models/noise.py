@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Prediction = Literal["epsilon", "v"]
+Prediction = Literal["epsilon", "v", "flow"]
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,16 @@ class NoiseSchedule:
         rescaled = (signal - last) * first / (first - last)
         return replace(self, alphas_cumprod=rescaled.square().to(self.alphas_cumprod.dtype))
 
+    @property
+    def device(self) -> torch.device:
+        return self.alphas_cumprod.device
+
     def to(self, device: torch.device) -> NoiseSchedule:
         return replace(self, alphas_cumprod=self.alphas_cumprod.to(device))
+
+    def times(self, t: Tensor) -> Tensor:
+        """What the network is told of the timesteps `t`: their numbers."""
+        return t
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise, for latents [B, C, H, W] and timesteps [B]."""

@@ -13,9 +13,10 @@ from torch import Tensor
 from transformers import CLIPTextConfig
 
 from lora_trainer.errors import ConfigError
-from lora_trainer.models.bridge import open_clip_view, text_view, unet_view, vae_view
+from lora_trainer.models.bridge import mmdit_view, open_clip_view, text_view, unet_view, vae_view
 from lora_trainer.models.checkpoint import V_PREDICTION, ZERO_TERMINAL, read_shapes, read_tensors
 from lora_trainer.models.families import Family, detect, predicting
+from lora_trainer.models.flow import Flow, shifted
 from lora_trainer.models.inpainting import TOLD, inpaints, paint_all
 from lora_trainer.models.ldm_yaml import LdmConfig, read_beside
 from lora_trainer.models.model import CheckpointHashes, Model, ModelFacts
@@ -27,6 +28,7 @@ from lora_trainer.models.unet_names import LDM_PREFIX as UNET
 
 # By LDM's names and by diffusers'.
 _MATRIX = re.compile(r"\.(transformer_blocks\.\d+\..+|proj_in|proj_out)\.weight$")
+NO_T5 = "base model: captions are heard by its two CLIP text encoders; T5-XXL stays silent, as by default in the WebUI"
 PARAMETERIZATIONS: dict[str, Prediction] = {"eps": "epsilon", "v": "v"}
 
 
@@ -82,10 +84,12 @@ def model_of(
     Raises ConfigError for a `clip_skip` in a family that has none.
     """
     config = read_beside(path)
-    unet = unet_view(state, **heads_of(family, config))
+    unet = mmdit_view(state) if family.network == "mmdit" else unet_view(state, **heads_of(family, config))
     told = list(notices(state, config))
-    vae = vae_view(state, scale_factor=config.scale_factor or family.scale_factor)
+    vae = vae_view(state, scale_factor=config.scale_factor or family.scale_factor, shift_factor=family.shift_factor)
     paint_all(unet, vae)
+    if family.network == "mmdit":
+        told.append(NO_T5)
     if inpaints(unet):
         told.append(TOLD)
     elif family.probed and config.parameterization is None and V_PREDICTION not in state:
@@ -94,7 +98,9 @@ def model_of(
             "base model: neither a YAML beside it nor the file says what it predicts; by a test of its UNet, as the "
             f"WebUI does it, that is {'v' if config.parameterization == 'v' else 'noise'}"
         )
-    noise = replace(schedule(state, family, config), limit=family.max_timestep)
+    noise = schedule(state, family, config)
+    if family.max_timestep is not None:
+        noise = replace(noise, limit=family.max_timestep)
     told += family.notices
     return Model(
         unet=unet,
@@ -148,7 +154,14 @@ def encoders_of(
     encoders = []
     for part in family.text:
         if part.form == "clip":
-            view = text_view(state, prefix=part.prefix, config_folder=folder, config=config)
+            view = text_view(
+                state,
+                prefix=part.prefix,
+                config_folder=folder,
+                config=config,
+                activation=part.activation,
+                projection=part.projected,
+            )
         else:
             view = open_clip_view(state, prefix=part.prefix, projection=part.pooled)
         heard = clip_skip or part.layer
@@ -156,8 +169,10 @@ def encoders_of(
     return tuple(encoders)
 
 
-def schedule(state: dict[str, Tensor], family: Family, config: LdmConfig) -> NoiseSchedule:
+def schedule(state: dict[str, Tensor], family: Family, config: LdmConfig) -> NoiseSchedule | Flow:
     """The YAML's schedule, else the file's own table, else the family's; what is predicted likewise."""
+    if family.prediction == "flow":
+        return Flow(shifted(family.flow_shift))
     own: Prediction = "v" if V_PREDICTION in state else family.prediction
     prediction = PARAMETERIZATIONS.get(config.parameterization or "", own)
     noise = _signal(state, family, config, prediction)

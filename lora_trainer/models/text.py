@@ -61,7 +61,8 @@ class ClipEncoder:
 
     `clip_skip` 1 takes the last layer's, 2 that of the layer before, after the final norm if `normed`. The token `pad`
     fills chunks up behind the end of the text; None leaves end-of-text there. With `pooled` it has a second voice: the
-    last layer's output at the end of the text, normed and projected. `network` is diffusers' name of it.
+    last layer's output at the end of the text, normed and, where the module has a projection, projected. `network` is
+    diffusers' name of it.
     """
 
     module: CLIPTextModel | CLIPTextModelWithProjection
@@ -84,7 +85,13 @@ class ClipEncoder:
         if not self.pooled:
             return None
         at_end = last[torch.arange(len(ids), device=ids.device), ends(ids)]
-        return self.module.text_projection(self.inner.final_layer_norm(at_end))
+        normed = self.inner.final_layer_norm(at_end)
+        return normed if self.projection is None else self.projection(normed)
+
+    @property
+    def projection(self) -> nn.Module | None:
+        """Of what is pooled."""
+        return getattr(self.module, "text_projection", None)
 
     def padded(self, ids: Tensor) -> Tensor:
         """[chunks, 77] with its own padding."""
@@ -103,6 +110,11 @@ class ClipEncoder:
         """How many of its layers are heard."""
         count = len(self.inner.encoder.layers)
         return count if self.pooled else count + 1 - self.clip_skip
+
+
+def side_by_side(parts: Sequence[Tensor]) -> Tensor | None:
+    """One tensor of all widths; None of none."""
+    return (parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=-1)) if parts else None
 
 
 def ends(ids: Tensor) -> Tensor:
@@ -139,6 +151,11 @@ class TextEncoder:
     def clip_skip(self) -> int:
         return self.encoders[0].clip_skip
 
+    @property
+    def hearing(self) -> str:
+        """What decides, beside the encoders' weights, how a caption is heard: for caches."""
+        return str(self.clip_skip)
+
     def tokenize(self, caption: str) -> Tensor:
         """[chunks, 77] int64 on the CPU."""
         return self.tokenizer(caption)
@@ -147,14 +164,17 @@ class TextEncoder:
         """One caption's [chunks, 77] token ids (and optional emphasis of the same shape). What is pooled is the first
         chunk."""
         said = [encoder(ids) for encoder in self.encoders]
-        parts = [hidden if weights is None else self.weigh(hidden, weights) for hidden, _ in said]
-        embedded = torch.cat(parts, dim=-1)
-        pooled = next((pooled[:1] for _, pooled in said if pooled is not None), None)
+        embedded = self.joined([hidden for hidden, _ in said], weights)
+        pooled = side_by_side([pooled[:1] for _, pooled in said if pooled is not None])
         return Conditions(embedded.reshape(1, -1, embedded.shape[-1]), pooled)
 
     def encode(self, ids: Tensor, weights: Tensor | None = None) -> Tensor:
         """The context alone: [1, 77 × chunks, width]."""
         return self.conditions(ids, weights).context
+
+    def joined(self, parts: Sequence[Tensor], weights: Tensor | None) -> Tensor:
+        """What each encoder says of the same chunks, [chunks, 77, width], side by side; with emphasis [chunks, 77]."""
+        return side_by_side(parts if weights is None else [self.weigh(part, weights) for part in parts])
 
     def weigh(self, embedded: Tensor, weights: Tensor) -> Tensor:
         """Emphasis [chunks, 77] on one encoder's [chunks, 77, width]: it multiplies each token's embedding and restores

@@ -58,6 +58,8 @@ def outline(path: Path) -> Outline:
         raise ModelError(f"{path}: expected a .safetensors file; convert it first")
     shapes = read_shapes(path)
     family = detect(shapes, str(path))
+    if family.network != "unet":
+        raise ModelError(f"{path}: a {family.name} checkpoint; expected Stable Diffusion 1.x, 2.x or SDXL")
     state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     try:
         return Outline(path, family, shapes, _parts(family, state))

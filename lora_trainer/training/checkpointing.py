@@ -17,9 +17,10 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from lora_trainer.models.mmdit import JointBlock
 from lora_trainer.training.patching import patch
 
-BLOCKS = (BasicTransformerBlock, ResnetBlock2D)
+BLOCKS = (BasicTransformerBlock, JointBlock, ResnetBlock2D)
 # Of the widest transformer blocks one in so many keeps its activations: there they cost the most to recompute for the
 # memory that they take.
 KEEPS = 4
@@ -41,7 +42,9 @@ def checkpointed(network: nn.Module, *, every: bool = True) -> Iterator[int]:
 
 def _widest(blocks: Sequence[nn.Module]) -> list[nn.Module]:
     widths = {block: block.norm1.weight.numel() for block in blocks if isinstance(block, BasicTransformerBlock)}
-    return [block for block, width in widths.items() if width == max(widths.values())]
+    # All of an MMDiT's are equally wide.
+    joint = [block for block in blocks if isinstance(block, JointBlock)]
+    return joint + [block for block, width in widths.items() if width == max(widths.values())]
 
 
 def recomputed(forward: Callable, *args: Any, **kwargs: Any) -> Any:

@@ -18,6 +18,7 @@ from lora_trainer.config import Config
 from lora_trainer.config.adapting_rules import BLOCKS, ONE_RATE, WITHOUT_PRODUCT
 from lora_trainer.config.blocks import block_values, ranks, value_of
 from lora_trainer.errors import ConfigError
+from lora_trainer.models.mmdit import MMDiT
 from lora_trainer.models.text import ClipEncoder
 
 # Where IA³ scales the inputs, which are a feed-forward layer's inner values.
@@ -30,7 +31,7 @@ SAID = {
 }
 
 
-def unet_sizes(config: Config, unet: UNet2DConditionModel) -> dict[str, Size]:
+def unet_sizes(config: Config, unet: UNet2DConditionModel | MMDiT) -> dict[str, Size]:
     """Of each module of the UNet that is trained, in the network's order. Raises ConfigError."""
     targets = [*config.target_modules, *(["conv"] if config.conv_rank else [])]
     names = _filtered(config, select(unet, targets), "the UNet")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_trainer.models.text import ClipEncoder, Conditions, TextEncoder, ends
+from lora_trainer.models.text import ClipEncoder, Conditions, TextEncoder, ends, side_by_side
 from lora_trainer.training.checkpointing import recomputed
 from lora_trainer.training.fused import Fused
 
@@ -33,17 +33,16 @@ class StepClip:
 
         Each chunk of 77 is encoded by itself, as the frozen encoder does.
         """
-        chunks, contexts, pooled = ids.flatten(0, 1), [], None
+        chunks, parts, pooled = ids.flatten(0, 1), [], []
         trained = self.trained and torch.is_grad_enabled()
         with torch.autocast(ids.device.type, enabled=False), torch.set_grad_enabled(trained):
             for encoder in self.text.encoders:
                 x, last = self._hidden(encoder, chunks)
-                if emphasis is not None:
-                    x = self.text.weigh(x, emphasis.flatten(0, 1))
-                contexts.append(x.reshape(len(ids), -1, x.shape[-1]))
+                parts.append(x)
                 if encoder.pooled:
-                    pooled = self._pooled(encoder, last.unflatten(0, ids.shape[:2])[:, 0], ids[:, 0])
-        return Conditions(contexts[0] if len(contexts) == 1 else torch.cat(contexts, dim=-1), pooled)
+                    pooled.append(self._pooled(encoder, last.unflatten(0, ids.shape[:2])[:, 0], ids[:, 0]))
+            joined = self.text.joined(parts, None if emphasis is None else emphasis.flatten(0, 1))
+        return Conditions(joined.reshape(len(ids), -1, joined.shape[-1]), side_by_side(pooled))
 
     def _hidden(self, encoder: ClipEncoder, ids: Tensor) -> tuple[Tensor, Tensor]:
         """[M, 77] to what the encoder says and its last layer's output, [M, 77, width] each."""
@@ -62,7 +61,7 @@ class StepClip:
         """[B, projection] of the last layer's [B, 77, width] where the text [B, 77] ends."""
         at_end = last[torch.arange(len(ids), device=ids.device), ends(ids)]
         normed, _ = self.fused.ops.layer_norm(at_end, encoder.inner.final_layer_norm)
-        return self.fused.linear(encoder.module.text_projection, normed)
+        return normed if encoder.projection is None else self.fused.linear(encoder.projection, normed)
 
     def _embedded(self, embeddings: nn.Module, ids: Tensor) -> Tensor:
         """[M, 77] to [M, 77, width]."""

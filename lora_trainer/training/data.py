@@ -213,7 +213,7 @@ def _encoders(config: Config, model: Model) -> Encoders:
         model.vae,
         text.tokens if config.train_text_encoder else text.context,
         vae_key,
-        f"{text_key} {text.clip_skip}" if cached else "",
+        f"{text_key} {text.hearing}" if cached else "",
         cache,
         rules_of(config),
         unmasked=config.unmasked_weight if config.masked_loss else None,

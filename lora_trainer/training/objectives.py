@@ -1,7 +1,8 @@
 """What is minimised: how an error counts, and how much its timestep does.
 
-A network predicts the noise (DDPM, Ho et al. 2020, arXiv:2006.11239, eq. 14) or v (Salimans & Ho 2022,
-arXiv:2202.00512). Weights are those of the noise's squared error; a v loss is brought to the same by `of_v`.
+A network predicts the noise (DDPM, Ho et al. 2020, arXiv:2006.11239, eq. 14), v (Salimans & Ho 2022,
+arXiv:2202.00512) or a flow (Esser et al. 2024, arXiv:2403.03206), whose errors all count alike. Weights are those of
+the noise's squared error; a v loss is brought to the same by `of_v`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 
 from lora_trainer.config import Config
 from lora_trainer.errors import ConfigError
+from lora_trainer.models.flow import Flow
 from lora_trainer.models.noise import NoiseSchedule
 
 # (predicted, target, c), each [B, C, h, w] or broadcast to it, to the losses of the elements.
@@ -99,7 +101,7 @@ class Objective:
 mse = Objective(l2)
 
 
-def objective_of(config: Config, noise: NoiseSchedule) -> Objective:
+def objective_of(config: Config, noise: NoiseSchedule | Flow) -> Objective:
     """What `config` asks for, with its tables beside `noise`'s. Raises ConfigError."""
     # At a terminal SNR of zero v's weights are 0, and need not be 0 times infinity.
     snr = noise.snr.clamp(min=1e-9)
@@ -110,7 +112,7 @@ def objective_of(config: Config, noise: NoiseSchedule) -> Objective:
     return Objective(LOSSES[config.loss_type], c, None if weights is None else weights.float())
 
 
-def _weights(config: Config, noise: NoiseSchedule, snr: Tensor) -> Tensor | None:
+def _weights(config: Config, noise: NoiseSchedule | Flow, snr: Tensor) -> Tensor | None:
     if config.min_snr_gamma:
         weights = min_snr(snr, config.min_snr_gamma)
     elif config.soft_min_snr_gamma:
@@ -125,7 +127,7 @@ def _weights(config: Config, noise: NoiseSchedule, snr: Tensor) -> Tensor | None
     return of_v(weights, snr) if noise.prediction == "v" else weights
 
 
-def training_noise(config: Config, noise: NoiseSchedule) -> NoiseSchedule:
+def training_noise(config: Config, noise: NoiseSchedule | Flow) -> NoiseSchedule | Flow:
     """The schedule that `config` trains on a model of `noise`. Raises ConfigError."""
     if not config.zero_terminal_snr:
         return noise
@@ -134,6 +136,6 @@ def training_noise(config: Config, noise: NoiseSchedule) -> NoiseSchedule:
     return noise.zero_terminal()
 
 
-def require_v(key: str, noise: NoiseSchedule) -> None:
+def require_v(key: str, noise: NoiseSchedule | Flow) -> None:
     if noise.prediction != "v":
         raise ConfigError([f"{key}: expected a v-prediction model, found one that predicts {noise.prediction}"])

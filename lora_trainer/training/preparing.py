@@ -15,6 +15,7 @@ from lora_trainer.training import data
 from lora_trainer.training.data import Items, TrainingData
 from lora_trainer.training.fit import Interrupted, Outcome, ask
 from lora_trainer.training.precision import resolve
+from lora_trainer.training.suits import require_suited
 
 
 @dataclass
@@ -30,10 +31,12 @@ class Preparing:
     _encoded: tuple[Encoded, Encoded] | None = field(default=None, init=False)
 
     def __call__(self, model: Model, lease: GpuLease) -> Outcome:
-        """DONE once `data` is there, else why not. Raises DataError."""
+        """DONE once `data` is there, else why not. Raises DataError, and ConfigError for what does not suit the model's
+        family."""
         if self.data is not None:
             return Outcome.DONE
         if self._encoded is None:
+            require_suited(self.config, model.facts.family)
             self._notices(model)
         began = time.perf_counter()
         between = partial(ask, self.control, lease)

@@ -16,6 +16,8 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from lora_trainer.dataset.samples import Sample
+from lora_trainer.models.flow import Flow
+from lora_trainer.models.mmdit import MMDiT
 from lora_trainer.models.noise import NoiseSchedule
 from lora_trainer.models.text import Conditions
 from lora_trainer.training.capture import Captures
@@ -142,8 +144,8 @@ class Network:
     for captions that come as token ids; `preservation` holds it at the base's answers where that is asked for; a
     `lesson` teaches something else than the pictures."""
 
-    unet: UNet2DConditionModel
-    noise: NoiseSchedule
+    unet: UNet2DConditionModel | MMDiT
+    noise: NoiseSchedule | Flow
     objective: Objective
     precision: Precision
     dropout: LoraDropout
@@ -192,7 +194,7 @@ class Network:
         if batch.shown is not None:
             noisy = torch.cat([noisy, batch.shown], dim=1)
         noisy = noisy.contiguous(memory_format=self.memory_format)
-        return self.unet(noisy, batch.t, **condition, return_dict=False)[0]
+        return self.unet(noisy, self.noise.times(batch.t), **condition, return_dict=False)[0]
 
 
 class ForwardBackward:

@@ -35,7 +35,7 @@ class Validator:
         return draws_of(len(self.samples), self.most)
 
     def loss(self, network: Network) -> float:
-        device = network.noise.alphas_cumprod.device
+        device = network.noise.device
         total = torch.zeros((), dtype=torch.float64, device=device)
         with torch.no_grad():
             for batch in self.batches(network.noise.trained):

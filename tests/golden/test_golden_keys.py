@@ -1,9 +1,9 @@
-"""Full-size Stable Diffusion 1.5, SDXL and its relatives: our names and shapes are those that kohya's own code gives
+"""Full-size Stable Diffusion 1.5, SDXL, its relatives and 3: our names and shapes are those that kohya's own code gives
 (rank 8).
 
-The lists were recorded from sd-scripts' networks/lora.py over its own UNets and transformers' CLIP. It knows none of
-SDXL's relatives: theirs are of the modules that the WebUI loads (generative-models' UNet, cut as the WebUI cuts it, and
-OpenCLIP), chosen by the same rules, which gave SDXL's two lists line by line.
+The lists were recorded from sd-scripts' networks/lora.py and lora_sd3.py over its own networks and transformers' CLIP.
+It knows none of SDXL's relatives: theirs are of the modules that the WebUI loads (generative-models' UNet, cut as the
+WebUI cuts it, and OpenCLIP), chosen by the same rules, which gave SDXL's two lists line by line.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from benchmarks.models import UNETS
+from benchmarks.models import MEDIUM, UNETS
 from lora_trainer.adapters.inject import Size, inject
 from lora_trainer.adapters.naming import TEXT_PREFIX, UNET_PREFIX, Factors, to_kohya
 from lora_trainer.adapters.parts import parts
 from lora_trainer.adapters.targets import select, select_text
-from lora_trainer.models.families import REFINER
+from lora_trainer.models.families import REFINER, SD3
+from lora_trainer.models.mmdit import MMDiT
 from lora_trainer.models.text import ClipEncoder
 from lora_trainer.models.unet_names import to_ldm
 from tests.ldm import SD15_UNET
@@ -34,11 +35,11 @@ def golden(name: str) -> set[str]:
     return set((HERE / name).read_text().splitlines())
 
 
-def described(prefix: str, factors: dict[str, Factors]) -> set[str]:
-    tensors = to_kohya(prefix, factors)
+def described(prefix: str, factors: dict[str, Factors], *, alphas: bool = True) -> set[str]:
+    tensors = to_kohya(prefix, factors, alphas=alphas)
     names = {name.rsplit(".lora_down", 1)[0] for name in tensors if ".lora_down." in name}
-    assert len(tensors) == 3 * len(names)
-    assert all(tensors[f"{name}.alpha"].item() == 16 for name in names)
+    assert len(tensors) == (3 if alphas else 2) * len(names)
+    assert not alphas or all(tensors[f"{name}.alpha"].item() == 16 for name in names)
 
     def shape(name: str) -> str:
         return str(list(tensors[name].shape)).replace(" ", "")
@@ -157,3 +158,11 @@ def test_sdxls_text_encoders_have_kohyas_names_where_they_are_heard():
     unheard = {line for line in golden("sdxl_te1_72.txt") if "_layers_11_" in line}
     assert found == [golden("sdxl_te1_72.txt") - unheard, golden("sdxl_te2_192.txt")]
     assert (len(unheard), len(found[1])) == (6, 192)
+
+
+def test_sd3s_transformer_has_the_names_of_its_checkpoint_and_no_alphas():
+    with torch.device("meta"):
+        network = MMDiT(MEDIUM)
+    factors = {name: shapes_of(network.get_submodule(name)) for name in select(network, ["default"])}
+    assert len(factors) == 237
+    assert described(UNET_PREFIX, factors, alphas=SD3.alphas) == golden("sd3_mmdit_237.txt")

@@ -170,10 +170,13 @@ def asked(sd_model, x, t, told):
     extra = {} if told[1] is None else {"y": told[1]}
     return sd_model.model.diffusion_model(x, t, context=told[0], **extra)
 def answered(model, x, t, prompts):
-    return model.unet(x, t, **conditions(model, prompts, (128, 64))).sample
+    return model.unet(x, t, **conditions(model, prompts, (128, 64)), return_dict=False)[0]
 def told_sizes(model, prompts):
     added = conditions(model, prompts, (128, 64))["added_cond_kwargs"]
     return model.unet.add_time_proj(added["time_ids"].flatten()).reshape(len(prompts), -1)
+def whole(model, context):
+    # The WebUI fills up Stable Diffusion 3's with zeros.
+    return getattr(model.unet, "whole", lambda same: same)(context)
 def places(tensors):
     return {(p.data_ptr(), p.numel()) for p in tensors}
 PROMPTS = ["noto emoji of red apple", "", "a cat sitting on a mat " * 20 + "with a hat"]
@@ -202,14 +205,15 @@ _COMPARED = """
         host = said(sd_model, [prompt])
         for one in [prompts_too] if prompt in SYNTAX else [model, prompts_too]:
             mine = one.text.read(prompt)
-            said_apart = max(said_apart, (mine.context - host[0]).abs().max().item())
+            said_apart = max(said_apart, (whole(model, mine.context) - host[0]).abs().max().item())
             if mine.pooled is not None:
                 width = mine.pooled.shape[1]
                 pooled_apart = max(pooled_apart, (mine.pooled - host[1][:, :width]).abs().max().item())
-                told_apart = max(told_apart, (told_sizes(model, [prompt]) - host[1][:, width:]).abs().max().item())
-        if prompt in PROMPTS:
+                if hasattr(model.unet, "add_time_proj"):
+                    told_apart = max(told_apart, (told_sizes(model, [prompt]) - host[1][:, width:]).abs().max().item())
+        if VIEWS and prompt in PROMPTS:
             view = model.text.encode(model.text.tokenize(prompt))
-            viewed_apart = max(viewed_apart, (view - host[0]).abs().max().item())
+            viewed_apart = max(viewed_apart, (whole(model, view) - host[0]).abs().max().item())
     prompts = PROMPTS[:2]
     host = asked(sd_model, x, t, said(sd_model, prompts))
     result = {
@@ -218,11 +222,11 @@ _COMPARED = """
         "pooled apart": pooled_apart,
         "told apart": told_apart,
         "viewed apart": viewed_apart,
-        "answered apart": (host - answered(model, x, t, prompts)).abs().max().item(),
+        "answered apart": (host - answered(model, x, t, prompts)).abs().max().item() if VIEWS else None,
         "answers": host.abs().mean().item(),
         "family": model.facts.family.name,
         "prediction": model.noise.prediction,
-        "ends without signal": model.noise.alphas_cumprod[-1].item() == 0,
+        "ends without signal": model.noise.snr[-1].item() == 0,
         "notices": list(model.facts.notices),
     }
 """
@@ -244,6 +248,7 @@ _SCORED = """
 _APPLIED_TO_ANY = """
     import sys
     from pathlib import Path
+    from safetensors.torch import load_file
     from lora_trainer.sampling import apply_lora
     networks = sys.modules["networks"]
     prompts = PROMPTS[:2]
@@ -263,6 +268,10 @@ _APPLIED_TO_ANY = """
     with adapter.weight(0.5):
         ours_at_half = answered(model, x, t, prompts)
     version = networks.available_networks[NAME].sd_version.name
+    names = {name.partition(".")[0] for name in load_file(networks.available_networks[NAME].filename)}
+    loaded = networks.load_network(NAME, networks.available_networks[NAME])
+    applied = {module.network_key.partition(".")[0] for module in loaded.modules.values()}
+    unmatched = sorted(names - applied)
     ours = answered(model, x, t, prompts)
     result = {
         "apart": (ours - theirs).abs().max().item(),
@@ -274,12 +283,14 @@ _APPLIED_TO_ANY = """
         "restored": torch.equal(base, restored),
         "answer": theirs.flatten()[::64].tolist(),
         "version": version,
+        "unmatched": unmatched,
     }
 """
 
 
-def compared() -> str:
-    return VIEWED.replace("    SNIPPET", _COMPARED)
+def compared(*, views: bool = True) -> str:
+    """Without `views` of the text encoders nothing is encoded by them."""
+    return VIEWED.replace("    SNIPPET", _COMPARED).replace("VIEWS", str(views))
 
 
 def scored() -> str:

@@ -33,9 +33,12 @@ def write_card(lora: Path, config: Config, folder: Path) -> None:
 
 
 def _version(lora: Path) -> str:
-    """As the WebUI reads it from the file's header."""
+    """As the WebUI reads it from the file's header; for Stable Diffusion 3 it has no word, and would say SD1."""
     said = read_header(lora).get("__metadata__", {})
-    if said.get("ss_base_model_version", "").startswith("sdxl_"):
+    version = said.get("ss_base_model_version", "")
+    if version.startswith("sd3"):
+        return "Unknown"
+    if version.startswith("sdxl_"):
         return "SDXL"
     return "SD2" if said.get("ss_v2") == "True" else "SD1"
 

@@ -223,7 +223,8 @@ def _given(settings: Mapping[str, object]) -> dict[str, object]:
 
 
 def _family(sd_model: Any) -> str:
-    return "sdxl" if getattr(sd_model, "is_sdxl", False) else "sd15"
+    kinds = {"sdxl": "is_sdxl", "sd3": "is_sd3"}
+    return next((family for family, kind in kinds.items() if getattr(sd_model, kind, False)), "sd15")
 
 
 def _merged(sd_model: Any) -> list[str]:

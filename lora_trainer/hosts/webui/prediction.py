@@ -9,18 +9,22 @@ from modules import shared
 
 from lora_trainer.hosts.webui.tensors import file_keys
 from lora_trainer.models.checkpoint import V_PREDICTION, ZERO_TERMINAL
+from lora_trainer.models.flow import Flow, shifted
 from lora_trainer.models.noise import NoiseSchedule, Prediction
 
 _PREDICTIONS: dict[str, Prediction] = {"eps": "epsilon", "v": "v"}
 _SETTING, _ON = "Noise schedule for sampling", "Zero Terminal SNR"
 
 
-def drawn_as(sd_model: Any) -> tuple[NoiseSchedule, tuple[str, ...]]:
+def drawn_as(sd_model: Any) -> tuple[NoiseSchedule | Flow, tuple[str, ...]]:
     """The schedule to train on, and in words where the WebUI draws otherwise.
 
     A YAML beside the checkpoint says what is predicted, else the file's key, which WebUI 1.10 does not read, else the
     WebUI. The schedule ends without signal where the file's key says so, or where a model that predicts v is drawn so.
     """
+    if getattr(sd_model, "is_sd3", False):
+        # Its own table is rounded to half precision with the model.
+        return Flow(shifted(float(sd_model.model.model_sampling.shift))), ()
     keys, told = file_keys(sd_model), []
     prediction = _PREDICTIONS[sd_model.parameterization]
     yaml = Path(sd_model.sd_checkpoint_info.filename).with_suffix(".yaml")

@@ -18,7 +18,7 @@ from lora_trainer.models.single_file import encoders_of
 from lora_trainer.models.text import CHUNK, Conditions, TextEncoder
 
 
-def text_of(sd_model: Any, state: dict[str, Tensor], family: Family, config: Config) -> TextEncoder:
+def text_of(sd_model: Any, state: dict[str, Tensor], family: Family, config: Config) -> HostEncoder:
     """Views of the text encoders, heard where the WebUI hears them. Raises ConfigError for a `clip_skip` in a family
     that has none."""
     embedders = tuple(embedders_of(sd_model).values())
@@ -31,8 +31,8 @@ def text_of(sd_model: Any, state: dict[str, Tensor], family: Family, config: Con
         views = (replace(views[0], clip_skip=heard), *views[1:])
     own_layer = views[0].clip_skip != heard
     if config.caption_syntax == "literal":
-        return HostEncoder(_literal(embedders[0]), views, embedders, own_layer)
-    return PromptEncoder(_literal(embedders[0]), views, embedders, own_layer, shared.opts.emphasis)
+        return HostEncoder(literal(embedders[0]), views, embedders, own_layer)
+    return PromptEncoder(literal(embedders[0]), views, embedders, own_layer, shared.opts.emphasis)
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,11 @@ class HostEncoder(TextEncoder):
 
     embedders: tuple[Any, ...] = ()
     own_layer: bool = False
+
+    @property
+    def told(self) -> tuple[str, ...]:
+        """What the user should know of how captions are heard."""
+        return ()
 
     def read(self, caption: str) -> Conditions:
         if self.own_layer:
@@ -96,7 +101,7 @@ class PromptEncoder(HostEncoder):
         return super().weigh(embedded, weights)
 
 
-def _literal(encoder: Any) -> Callable[[str], Tensor]:
+def literal(encoder: Any) -> Callable[[str], Tensor]:
     """The host's tokenizer, in chunks of 75, with nothing of the prompt's syntax."""
 
     def tokenize(caption: str) -> Tensor:

@@ -22,8 +22,7 @@ def state_of(sd_model: Any) -> dict[str, Tensor]:
     stays zero and does nothing: it is left out.
     """
     held = file_keys(sd_model) if getattr(sd_model, "is_ssd", False) else ()
-    texts = {prefix: embedder.wrapped for prefix, embedder in embedders_of(sd_model).items()}
-    parts = {UNET_PREFIX: sd_model.model.diffusion_model, VAE_PREFIX: sd_model.first_stage_model, **texts}
+    parts = {UNET_PREFIX: sd_model.model.diffusion_model, VAE_PREFIX: sd_model.first_stage_model, **texts_of(sd_model)}
     # The WebUI wraps the token embedding to put textual inversions in.
     return {
         prefix + name.replace("token_embedding.wrapped.", "token_embedding."): tensor
@@ -44,9 +43,17 @@ def embedders_of(sd_model: Any) -> dict[str, Any]:
     return {prefix: embedder for prefix, embedder in found.items() if hasattr(embedder, "wrapped")}
 
 
+def texts_of(sd_model: Any) -> dict[str, nn.Module]:
+    """The text encoders themselves, likewise; Stable Diffusion 3's T5-XXL is none of a run's."""
+    both = getattr(sd_model, "text_encoders", None)
+    if both is not None:
+        return {"text_encoders.clip_l.": both.clip_l, "text_encoders.clip_g.": both.clip_g}
+    return {prefix: embedder.wrapped for prefix, embedder in embedders_of(sd_model).items()}
+
+
 def networks_of(sd_model: Any) -> list[nn.Module]:
     """The UNet and the text encoders: what a run trains on."""
-    return [sd_model.model.diffusion_model, *(embedder.wrapped for embedder in embedders_of(sd_model).values())]
+    return [sd_model.model.diffusion_model, *texts_of(sd_model).values()]
 
 
 def family_of(sd_model: Any, state: dict[str, Tensor]) -> Family:

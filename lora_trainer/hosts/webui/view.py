@@ -10,10 +10,11 @@ from modules import devices, shared
 from torch import Tensor
 
 from lora_trainer.config import Config
+from lora_trainer.hosts.webui import sd3
 from lora_trainer.hosts.webui.prediction import drawn_as
 from lora_trainer.hosts.webui.prompts import text_of
 from lora_trainer.hosts.webui.tensors import family_of, name_of, state_of
-from lora_trainer.models.bridge import unet_view, vae_view
+from lora_trainer.models.bridge import mmdit_view, unet_view, vae_view
 from lora_trainer.models.families import Family, predicting
 from lora_trainer.models.inpainting import TOLD, inpaints, paint_all
 from lora_trainer.models.model import CheckpointHashes, Model, ModelFacts
@@ -27,16 +28,21 @@ def view_of(sd_model: Any, config: Config) -> Model:
     state = state_of(sd_model)
     family = _scored(family_of(sd_model, state))
     state = {name: _computable(tensor) for name, tensor in state.items()}
-    unet = unet_view(state, **_heads(sd_model))
-    vae = vae_view(state, scale_factor=float(sd_model.scale_factor))
+    mmdit = family.network == "mmdit"
+    unet = mmdit_view(state) if mmdit else unet_view(state, **_heads(sd_model))
+    scale = float(getattr(sd_model, "scale_factor", family.scale_factor))
+    vae = vae_view(state, scale_factor=scale, shift_factor=family.shift_factor)
     paint_all(unet, vae)
+    text = (sd3.text_of if mmdit else text_of)(sd_model, state, family, config)
     noise, told = drawn_as(sd_model)
-    told += family.notices + ((TOLD,) if inpaints(unet) else ())
+    if family.max_timestep is not None:
+        noise = replace(noise, limit=family.max_timestep)
+    told = (*told, *family.notices, *text.told, *((TOLD,) if inpaints(unet) else ()))
     return Model(
         unet=unet,
-        text=text_of(sd_model, state, family, config),
+        text=text,
         vae=vae,
-        noise=replace(noise, limit=family.max_timestep).to(devices.device),
+        noise=noise.to(devices.device),
         facts=ModelFacts(
             name=name_of(sd_model),
             family=predicting(family, noise.prediction),

@@ -16,6 +16,7 @@ options_templates = {
     "interrogate_return_ranks": OptionInfo(False),
     "lora_functional": OptionInfo(False),
     "lora_in_memory_limit": OptionInfo(0),
+    "sd3_enable_t5": OptionInfo(False),
     "sd_checkpoint_hash": OptionInfo(""),
     "sd_checkpoints_limit": OptionInfo(1),
     "sd_model_checkpoint": OptionInfo(None),
