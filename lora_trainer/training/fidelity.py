@@ -50,10 +50,12 @@ SEED = 0
 @dataclass(frozen=True)
 class Base:
     """What does not change over a run: the base's way with other prompts (timestep, shown, answered; on the CPU), what
-    it sees in real pictures [n, C], how far its own pictures are from those, and CLIP's scores of them."""
+    it sees in the real pictures of the asked captions [n, C] and in its own [n, C], how much training pictures differ
+    in that [C], and CLIP's scores of its own."""
 
     way: Sequence[tuple[int, Tensor, Tensor]]
     real: Tensor
+    spread: Tensor
     drawn: Tensor
     scores: Scores | None
 
@@ -63,20 +65,21 @@ class Base:
         return self.far(self.drawn)
 
     def far(self, drawn: Tensor) -> float:
-        """How far pictures, as it sees them [m, C], are from the real ones, in units of these ones' deviation."""
-        centre, spread = self.real.mean(0), self.real.std(0).clamp_min(1e-6)
-        return distance((drawn - centre) / spread, (self.real - centre) / spread)
+        """How far pictures, as it sees them [n, C], are from the real ones of the same captions: their mean squared
+        difference in units of `spread`."""
+        return ((drawn - self.real) / self.spread).square().mean().item()
 
 
 @dataclass
 class Fidelity:
     """Measures a run at its steps, where `measure_drift` asks for it. Pictures are drawn for the captions of `_asked`,
-    which were never trained where pictures are held out, and held against the training pictures `_real`. Raises
-    ModelError where clip_model_dir holds no CLIP model."""
+    which were never trained where pictures are held out, and held against the real ones, `_models`; what differs among
+    the training pictures `_real` counts less. Raises ModelError where clip_model_dir holds no CLIP model."""
 
     config: Config
     sink: EventSink
     _asked: list[str] = field(default_factory=list, init=False)
+    _models: list[Sample] = field(default_factory=list, init=False)
     _real: list[Sample] = field(default_factory=list, init=False)
     _base: Base | None = field(default=None, init=False)
     _clip: Clip | None = field(default=None, init=False)
@@ -100,9 +103,10 @@ class Fidelity:
             text = "measure_drift: nothing is measured, since no two training pictures have the same shape"
             self.sink(Notice(text=text, level="warning"))
             return
-        held_out = data.held_out.samples if data.held_out else ()
-        captions = [data.train.rules.plain(sample.item.caption) for sample in train]
-        self._asked = [*(sample.item.caption for sample in held_out), *captions][:PICTURES]
+        held_out = [(sample.item.caption, sample) for sample in (data.held_out.samples if data.held_out else ())]
+        trained = [(data.train.rules.plain(sample.item.caption), sample) for sample in train]
+        chosen = [(caption, sample) for caption, sample in held_out + trained if sample.latents.shape[1:] == usual[1:]]
+        self._asked, self._models = map(list, zip(*chosen[:PICTURES], strict=True))
 
     @property
     def prompts(self) -> Sequence[str]:
@@ -121,7 +125,7 @@ class Fidelity:
             return 0
         budget = SHARE * steps * self.config.batch_size * self.config.gradient_accumulation_steps * PASSES
         # Before the first step as much, and the real pictures; and once at the end.
-        once = len(self._real) * (2 if self._clip else 1)
+        once = len(self._models) + len(self._real) * (2 if self._clip else 1)
         count = int((budget - once) / self.passes) - 2
         if count < 1:
             return 0
@@ -172,11 +176,14 @@ class Fidelity:
     def _of_base(self, segment: Segment) -> Base:
         x = self._noise(segment, "drift", len(self.prompts))
         way = drawn(segment.judge, x, self._told(segment, self.prompts), STEPS).way
-        latents = torch.stack([sample.latents[0] for sample in self._real])
-        real = self._seen(segment, latents.to(x.device))
+        real, models = (
+            self._seen(segment, torch.stack([sample.latents[0] for sample in samples]).to(x.device))
+            for samples in (self._real, self._models)
+        )
         on_host = [(t, shown.cpu(), answered.cpu()) for t, shown, answered in way]
         latents = self._drawn(segment)
-        return Base(on_host, real, self._seen(segment, latents), self._scores(segment, latents))
+        spread = real.std(0).clamp_min(1e-6)
+        return Base(on_host, models, spread, self._seen(segment, latents), self._scores(segment, latents))
 
     def _drift(self, segment: Segment) -> float:
         """How far answers to other prompts are from the base's, squared, as a share of the base's own; at the places to
@@ -190,13 +197,10 @@ class Fidelity:
         return moved / whole
 
     def _judged(self, segment: Segment) -> tuple[float, Scores | None]:
-        """The likeness of what is drawn now, and CLIP's scores. Few pictures can seem nearer than real ones are to each
-        other: that is as near as it gets."""
+        """The likeness of what is drawn now, and CLIP's scores."""
         latents = self._drawn(segment)
-        scores = self._scores(segment, latents)
-        if self._base.distance <= 0:
-            return 1.0, scores
-        return min(1.0, 1 - self._base.far(self._seen(segment, latents)) / self._base.distance), scores
+        far = self._base.far(self._seen(segment, latents))
+        return 1 - far / self._base.distance, self._scores(segment, latents)
 
     def _drawn(self, segment: Segment) -> Tensor:
         """Latents of the pictures that are drawn now."""
@@ -231,13 +235,3 @@ class Fidelity:
 def score(likeness: float, drift: float) -> float:
     """One number of both: likeness counts twice as much, since a style that is far from the base's takes some drift."""
     return likeness * math.sqrt(max(0.0, 1 - drift))
-
-
-def distance(drawn: Tensor, real: Tensor) -> float:
-    """The energy distance (Székely & Rizzo 2013) of [n, C] features to [m, C], n and m at least 2, without bias: few
-    pictures are on average as far as many."""
-
-    def within(z: Tensor) -> Tensor:
-        return torch.cdist(z, z).sum() / (len(z) * (len(z) - 1))
-
-    return (2 * torch.cdist(drawn, real).mean() - within(drawn) - within(real)).item()

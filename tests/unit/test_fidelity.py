@@ -16,7 +16,7 @@ from lora_trainer.hosts.standalone import train as train_here
 from lora_trainer.jobs.fold import Told, fold
 from lora_trainer.jobs.store import Head, first_view
 from lora_trainer.training import fidelity
-from lora_trainer.training.fidelity import PROMPTS, STEPS, Fidelity, distance
+from lora_trainer.training.fidelity import PROMPTS, STEPS, Base, Fidelity, score
 from lora_trainer.training.judging import SHARE
 from lora_trainer.ui.judgement import comparison
 from tests.unit.test_resume import Run, at_step
@@ -33,17 +33,21 @@ def often(monkeypatch):
     monkeypatch.setattr(fidelity, "PICTURES", 2)
 
 
-def test_the_distance_is_none_between_the_same_kind_of_pictures_and_grows_with_the_difference():
-    def pictures(seed: int, shift: float = 0.0, count: int = 200) -> torch.Tensor:
-        return torch.randn(count, 16, generator=torch.Generator().manual_seed(seed)) + shift
+def test_pictures_are_as_far_as_they_differ_from_the_real_ones_of_their_captions():
+    generator = torch.Generator().manual_seed(0)
+    real, spread = torch.randn(8, 16, generator=generator), torch.full((16,), 2.0)
+    base = Base((), real, spread, real + 4, None)
+    assert base.far(real) == 0
+    assert base.distance == pytest.approx(4)
+    assert base.far(real + 2) == pytest.approx(1)
+    # Others of the same kind are not the same.
+    assert base.far(real.flip(0)) > 0.1
 
-    real = pictures(0)
-    assert abs(distance(pictures(1), real)) < 0.02
-    near, far = (distance(pictures(1, shift), real) for shift in (0.3, 1.0))
-    assert 0.02 < near < far
-    # Few pictures lie as far on average.
-    few = [distance(pictures(seed, 1.0, 8), real) for seed in range(50)]
-    assert sum(few) / len(few) == pytest.approx(far, rel=0.1)
+
+def test_the_score_counts_drift_less_than_likeness():
+    assert score(0.5, 0.0) == 0.5
+    assert score(0.5, 0.19) == pytest.approx(0.45)
+    assert score(0.5, 1.5) == 0
 
 
 def test_a_run_begins_as_the_base_and_moves(settings, often):
