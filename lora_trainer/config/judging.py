@@ -39,7 +39,7 @@ class Judging(Learning, frozen=True, kw_only=True, forbid_unknown_fields=True):
     early_stopping_patience: Annotated[
         int,
         about(
-            PREVIEWS, "End when the held-out loss stands still over so many measurements: 3; 0: never.", ge=0, le=1000
+            PREVIEWS, "End when the held-out loss stands still over so many measurements: 5; 0: never.", ge=0, le=1000
         ),
     ] = 0
     measure_drift: Annotated[

@@ -15,7 +15,8 @@ from transformers import CLIPTextConfig
 from lora_trainer.errors import ConfigError
 from lora_trainer.models.bridge import mmdit_view, open_clip_view, text_view, unet_view, vae_view
 from lora_trainer.models.checkpoint import V_PREDICTION, ZERO_TERMINAL, read_shapes, read_tensors
-from lora_trainer.models.families import Family, detect, predicting
+from lora_trainer.models.detection import detect
+from lora_trainer.models.families import Family, predicting
 from lora_trainer.models.flow import Flow, shifted
 from lora_trainer.models.inpainting import TOLD, inpaints, paint_all
 from lora_trainer.models.ldm_yaml import LdmConfig, read_beside

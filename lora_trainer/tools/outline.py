@@ -15,7 +15,8 @@ from lora_trainer.errors import ModelError
 from lora_trainer.models import open_clip
 from lora_trainer.models.bridge import open_clip_view, text_view, unet_view
 from lora_trainer.models.checkpoint import PICKLE_SUFFIXES, Shapes, read_shapes
-from lora_trainer.models.families import Family, detect
+from lora_trainer.models.detection import detect
+from lora_trainer.models.families import Family
 from lora_trainer.models.unet_names import LDM_PREFIX, to_diffusers
 
 _WEIGHT = ".weight"

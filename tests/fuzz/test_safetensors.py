@@ -18,7 +18,7 @@ from lora_trainer.adapters.inspect import describe
 from lora_trainer.config.sources import HEADER_KEY, read_file
 from lora_trainer.errors import ModelError
 from lora_trainer.models.checkpoint import PARTS, read_shapes, read_tensors
-from lora_trainer.models.families import detect
+from lora_trainer.models.detection import detect
 from tests.fuzz.harness import fuzz, readable, works_or_refuses
 from tests.fuzz.inputs import NUMBERS, SETTINGS, TEXT, UNICODE, VALUES, dumps, file, mutated
 

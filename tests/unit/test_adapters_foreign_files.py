@@ -12,7 +12,7 @@ from lora_trainer.adapters.load import read_lora
 from lora_trainer.adapters.writer import serialize
 from lora_trainer.errors import ModelError
 from lora_trainer.models.checkpoint import read_shapes
-from lora_trainer.models.families import detect
+from lora_trainer.models.detection import detect
 
 DOWN, UP = torch.ones(4, 6), torch.ones(5, 4)
 

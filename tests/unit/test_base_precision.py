@@ -63,12 +63,14 @@ def losses(events) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def plain(world):
-    return train(world[0] | {"overwrite": True, "learning_rate": 2e-3})[0]
+    return train(world[0] | {"overwrite": True, "learning_rate": 2e-3, "loraplus_lr_ratio": 1})[0]
 
 
 @pytest.mark.parametrize("name", HERE)
 def test_the_demo_is_learned_nearly_as_on_the_base_itself(world, plain, name):
-    events, file = train(world[0] | {"overwrite": True, "learning_rate": 2e-3}, base_precision=name)
+    events, file = train(
+        world[0] | {"overwrite": True, "learning_rate": 2e-3, "loraplus_lr_ratio": 1}, base_precision=name
+    )
     (finished,) = of(events, Finished)
     assert finished.validation_lora < 0.99 * finished.validation_base
     apart = ((losses(events) - losses(plain)).abs() / losses(plain)).mean().item()

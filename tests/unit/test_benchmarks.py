@@ -20,7 +20,7 @@ from lora_trainer.models.storage import STORAGES
 from lora_trainer.models.stored import Stored
 
 ROOT = Path(__file__).parents[2]
-NEWEST = sorted((ROOT / "benchmarks" / "results").glob("*-h?00.jsonl"))[-1]
+NEWEST = sorted((ROOT / "benchmarks" / "results").glob("*-h100.jsonl"))[-1]
 
 
 def test_the_page_and_the_plot_are_fresh():

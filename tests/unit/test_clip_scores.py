@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers.configuration_utils import FrozenDict
 from PIL import Image
 
 from lora_trainer.config import build
@@ -177,7 +178,7 @@ def test_pictures_that_a_half_precision_vae_cannot_decode_are_decoded_in_float32
     class Vae(torch.nn.Module):
         """Overflows in half precision."""
 
-        config = type("Config", (), {"scaling_factor": 1.0})
+        config = FrozenDict(scaling_factor=1.0)
 
         def __init__(self) -> None:
             super().__init__()

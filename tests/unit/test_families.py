@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from lora_trainer.errors import ModelError
 from lora_trainer.hosts.standalone import open_model
 from lora_trainer.models.checkpoint import read_shapes
-from lora_trainer.models.families import REFINER, SD1, SDXL, SSD, detect
+from lora_trainer.models.detection import detect
+from lora_trainer.models.families import REFINER, SD1, SDXL, SSD
 from tests.tiny import tiny_state
 from tests.tiny_sdxl import tiny_relative_state, tiny_sdxl_state
 

@@ -461,7 +461,7 @@ def test_nonsense_is_never_published(job, monkeypatch, value):
     monkeypatch.setattr(
         parts,
         "to_kohya",
-        lambda *a: {name: tensor * value if tensor.dim() else tensor for name, tensor in real(*a).items()},
+        lambda *a, **k: {name: tensor * value if tensor.dim() else tensor for name, tensor in real(*a, **k).items()},
     )
     with pytest.raises(OutputError, match="not written: .*(not finite|nothing was learned)"):
         job(save_steps=2)
@@ -480,7 +480,7 @@ def test_weights_that_the_files_precision_cannot_hold_are_in_fp32(job, monkeypat
     monkeypatch.setattr(
         parts,
         "to_kohya",
-        lambda *a: {name: tensor * 1e9 if tensor.dim() else tensor for name, tensor in real(*a).items()},
+        lambda *a, **k: {name: tensor * 1e9 if tensor.dim() else tensor for name, tensor in real(*a, **k).items()},
     )
     job()
     assert job.told("too large for fp16")

@@ -26,7 +26,8 @@ from lora_trainer.errors import ConfigError, ModelError
 from lora_trainer.events import Notice, Started
 from lora_trainer.hosts.standalone import open_model
 from lora_trainer.models.bridge import mmdit_view
-from lora_trainer.models.families import SD3, detect
+from lora_trainer.models.detection import detect
+from lora_trainer.models.families import SD3
 from lora_trainer.models.latents import Moments, decode, sampled
 from lora_trainer.models.mmdit import MMDiT, Sizes
 from lora_trainer.models.single_file import model_of, place

@@ -200,7 +200,7 @@ def test_nothing_in_the_step_waits_for_the_device(deep, trained):
 
 def test_each_network_has_its_learning_rate(deep):
     for settings, factor in (({}, 0.2), ({"text_encoder_lr": 4e-4}, 0.8)):
-        with opened(deep, **settings) as segment:
+        with opened(deep, loraplus_lr_ratio=1, **settings) as segment:
             segment.trainables.set_learning_rate(1e-3)
             rates = {group.name: group.learning_rate.item() for group in segment.trainables.groups}
         assert rates == pytest.approx({"unet": 1e-3, "text_encoder": factor * 1e-3})

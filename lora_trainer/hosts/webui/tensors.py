@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from lora_trainer.errors import ModelError
 from lora_trainer.models.checkpoint import read_header
-from lora_trainer.models.families import Family, detect
+from lora_trainer.models.detection import detect
+from lora_trainer.models.families import Family
 from lora_trainer.models.unet_names import LDM_PREFIX as UNET_PREFIX
 from lora_trainer.models.vae_names import LDM_PREFIX as VAE_PREFIX
 
