@@ -118,7 +118,8 @@ print(json.dumps(result))
 
 
 def test_a_first_run_compiles_exactly_what_the_second_one_uses(tmp_path):
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": paths}
     seen = []
     for _ in range(2):
         done = subprocess.run([sys.executable, "-c", TRAIN], env=environment, capture_output=True, text=True, cwd=ROOT)
