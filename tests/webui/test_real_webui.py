@@ -298,7 +298,7 @@ def test_a_file_that_the_loader_does_not_know_stays_out(webui):
         "from lora_trainer.adapters import naming\n"
         "from lora_trainer.adapters import parts\n"
         "KEPT['kohya'] = parts.to_kohya\n"
-        "parts.to_kohya = lambda prefix, factors: naming.to_kohya('lora_wrong', factors)\n"
+        "parts.to_kohya = lambda prefix, factors, **k: naming.to_kohya('lora_wrong', factors, **k)\n"
         "result = None"
     )
     job = webui.until(webui.submit(output_name="wrong", max_train_steps=1)["id"])
