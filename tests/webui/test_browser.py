@@ -51,7 +51,8 @@ class Page:
         return self.until(lambda: self.all(selector)[0], selector)
 
     def text(self, selector: str) -> str:
-        return self.one(selector).text
+        # It may be drawn anew between finding and reading it.
+        return self.until(lambda: [self.all(selector)[0].text], selector)[0]
 
     def findings(self) -> str:
         """What the doctor says, the folded parts too."""
