@@ -170,7 +170,7 @@ def edit(page: Page, folder: Path, files: list[str]) -> None:
     page.until(lambda: "In 2 selected pictures" in page.text(f"{EDITOR} aside"), "two selected")
     page.one(f"{EDITOR} input[placeholder='tag, or several']").send_keys("painted")
     page.click(f"{EDITOR} aside button", "Add")
-    page.until(lambda: caption(2) == f"{third}, painted", "a tag for the selected ones")
+    page.until(lambda: caption(2) == f"{third}, painted" and caption(3).endswith(", painted"), "a tag for two")
     assert [number for number in range(len(files)) if caption(number).endswith(", painted")] == [2, 3]
     page.click(f"{EDITOR} aside button", "select none")
     page.click(f"{EDITOR} aside button", "In front")
