@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import estimate, plot, plot_quality, quality, step
+from benchmarks import estimate, pictures, plot, plot_quality, quality, step, stopping
 from benchmarks.styles import STYLES, folders
 from lora_trainer.adapters.kinds import KINDS
 from lora_trainer.models.single_file import model_of, place
@@ -115,6 +115,31 @@ def test_settings_are_compared_by_seeds_that_saw_all_styles():
     rows = plot_quality.table([*whole, line("peer", "ink", 3, 0.01)]).splitlines()
     assert rows[2] == "| default | 0.4000 |  | 4 |"
     assert rows[3] == "| peer | 0.6000 | +0.2000 ± 0.0000 | 4 |"
+
+
+def test_a_replayed_run_ends_when_its_curve_stands_still():
+    losses = [1.0, 0.6, 0.5, 0.49, 0.49, 0.495, 0.48, 0.4]
+    line = {"base": 1.0, "curve": [(10 * at, loss, loss) for at, loss in enumerate(losses)]}
+    points = stopping.curve(line, 1)
+    best, end = stopping.picked(points, 3)
+    assert (best.lora, end.step) == (0.49, 50)
+    assert stopping.picked(points, 100) == (points[-1], points[-1])
+    assert [point.step for point in stopping.curve(line, 2)] == [0, 20, 40, 60]
+
+
+def test_ranks_agree_or_not():
+    assert stopping.spearman([1, 5, 9], [0.1, 0.2, 0.9]) == pytest.approx(1)
+    assert stopping.spearman([1, 5, 9], [3, 2, 1]) == pytest.approx(-1)
+    assert stopping.ranks([2, 1, 2]) == [1.5, 0, 1.5]
+
+
+def test_drawings_are_as_far_as_their_thumbnails_differ(tmp_path):
+    real = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert pictures.distance(real, real) == 0
+    assert pictures.distance(real + 0.5, real) == pytest.approx(0.25)
+    for name in ("a.safetensors", "a-step00000020.safetensors", "a-step00000003.safetensors"):
+        (tmp_path / name).touch()
+    assert [pictures.step(path) for path in pictures.loras(tmp_path)] == [3, 20, None]
 
 
 def test_a_measured_base_is_stored_as_a_runs_is(checkpoint):
