@@ -1,12 +1,13 @@
-"""What settings are worth: the held-out loss of LoRAs trained on the bundled world, in several styles and from several
-seeds, with the same number of pictures seen.
+"""What settings are worth: the held-out loss of LoRAs trained on the bundled world, in several styles or of several
+figures and from several seeds, with the same number of pictures seen.
 
-usage: python -m benchmarks.quality [--settings default kohya …] [--styles ink …] [--seeds 1 2 3] [--visits 1200]
-                                    [--pictures 120] [--validations 0] [--held-out 64] [--workers 1]
-                                    [--override key=value …] >> RESULTS.jsonl
+usage: python -m benchmarks.quality [--settings default kohya …] [--styles ink … zorbin …] [--seeds 1 2 3]
+                                    [--visits 1200] [--pictures 120] [--validations 0] [--held-out 64] [--workers 1]
+                                    [--compare-always] [--override key=value …] >> RESULTS.jsonl
 
 Prints one line of JSON a run: the held-out curve, fidelity and drift where they were measured, what was warned of.
-`--override` goes to all of them. Several workers fill a GPU, for which one of these runs is too small.
+`--override` goes to all of them. Several workers fill a GPU, for which one of these runs is too small. With
+`--compare-always` fidelity and drift are measured at each validation, whatever it costs.
 """
 
 from __future__ import annotations
@@ -23,18 +24,23 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from types import MappingProxyType
 
+from benchmarks.figures import FIGURES, write_figure
 from benchmarks.styles import STYLES, folders
 from lora_trainer.config import Config
+from lora_trainer.config.presets import preset_values
 from lora_trainer.config.sources import parse_overrides
 from lora_trainer.demo import demo_config
 from lora_trainer.events import AnyEvent, Compared, Notice, Progress, Validated
 from lora_trainer.hosts.standalone import train
+from lora_trainer.training import fidelity
 
+PRESETS = ("style", "character", "object")
 _NO_DROPOUT = {"lora_dropout": 0.0}
 # What other trainers offer a beginner, in our terms, the UNet alone in all of them.
 SETTINGS: Mapping[str, Mapping[str, object]] = MappingProxyType(
     {
         "default": {},
+        **{name: preset_values(name, "sd15") for name in PRESETS},
         # kohya_ss, the GUI's start values
         "kohya": _NO_DROPOUT
         | {
@@ -87,10 +93,11 @@ def config_of(name: str, style: str, seed: int, work: Path, asked: argparse.Name
 
 
 def prepare(style: str, work: Path, asked: argparse.Namespace) -> tuple[str, str]:
-    """The folders with so many pictures of `style` to learn and held out; written where they are missing."""
+    """The folders with so many pictures of a style or figure to learn and held out; written where they are missing."""
     parts = [work / f"{style}-{asked.pictures}", work / f"{style}-held-out-{asked.held_out}"]
     if not all(path.exists() for path in parts):
-        for folder, path, count in zip(folders(style, work), parts, (asked.pictures, asked.held_out), strict=True):
+        written = write_figure(style, work) if style in FIGURES else folders(style, work)
+        for folder, path, count in zip(written, parts, (asked.pictures, asked.held_out), strict=True):
             part(folder, count, path)
     return str(parts[0]), str(parts[1])
 
@@ -147,6 +154,8 @@ def measure(config: Config) -> dict[str, object]:
 
 def run(name: str, style: str, seed: int, work: Path, asked: argparse.Namespace) -> str:
     """One run's line of JSON."""
+    if asked.compare_always:
+        fidelity.SHARE = 100.0
     found = measure(config_of(name, style, seed, work, asked))
     about = {"settings": asked.label or name, "style": style, "seed": seed, "visits": asked.visits}
     return json.dumps({**about, "pictures": asked.pictures, **found})
@@ -154,13 +163,14 @@ def run(name: str, style: str, seed: int, work: Path, asked: argparse.Namespace)
 
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
-    parser.add_argument("--styles", nargs="+", choices=STYLES, default=list(STYLES))
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=[n for n in SETTINGS if n not in PRESETS])
+    parser.add_argument("--styles", nargs="+", choices=[*STYLES, *FIGURES], default=list(STYLES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--visits", type=int, default=1200)
     parser.add_argument("--pictures", type=int, default=120)
     parser.add_argument("--held-out", type=int, default=64)
     parser.add_argument("--validations", type=int, default=0)
+    parser.add_argument("--compare-always", action="store_true")
     parser.add_argument("--label", default="", help="instead of the settings' name in the results")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--work", type=Path, default=None, help="where LoRAs and pictures go; a temporary folder")

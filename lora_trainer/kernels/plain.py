@@ -18,35 +18,79 @@ class LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, site: Site, down: Tensor, up: Tensor) -> Tensor:
-        draw = site.draw(x.shape[0])
-        factor = site.scale() if draw is None else draw.mask() * site.scale()
-        low = x @ site.down.t() * factor
-        y = F.linear(x, weight, bias).addmm_(low, site.up.t())
-        ctx.save_for_backward(x, low, weight)
-        ctx.site, ctx.factor = site, factor
+        draw, scale = site.draw(x.shape[0]), site.scale()
+        mask = None if draw is None else draw.mask()
+        low = masked(x @ site.down.t(), mask)
+        y = F.linear(x, weight, bias).addmm_(low, site.up.t(), alpha=scale)
+        ctx.save_for_backward(x, low, weight, mask)
+        ctx.site, ctx.scale = site, scale
         return y
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, low, weight = ctx.saved_tensors
-        site = ctx.site
+        x, low, weight, mask = ctx.saved_tensors
+        site, scale = ctx.site, ctx.scale
         # The fast paths of the products want rows that follow each other.
         dy = dy.contiguous()
-        dlow = dy @ site.up * ctx.factor
-        dx = (dy @ weight).addmm_(dlow, site.down) if ctx.needs_input_grad[0] else None
-        put(site.grad_up, dy.t(), low)
-        put(site.grad_down, dlow.t(), x)
+        dlow = masked(dy @ site.up, mask)
+        dx = (dy @ weight).addmm_(dlow, site.down, alpha=scale) if ctx.needs_input_grad[0] else None
+        put(site.grad_up, dy.t(), low, scale)
+        put(site.grad_down, dlow.t(), x, scale)
         return dx, None, None, None, None, None
 
 
-def put(target: Tensor, left: Tensor, right: Tensor) -> None:
-    """left @ right into a gradient buffer: written over one of the compute dtype, added to an fp32 master's."""
+def masked(low: Tensor, mask: Tensor | None) -> Tensor:
+    """The rank-r product without what is dropped of it."""
+    return low if mask is None else low.mul_(mask)
+
+
+def put(target: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
+    """scale left @ right into a gradient buffer: written over one of the compute dtype, added to an fp32 master's."""
     if target.dtype != left.dtype:
-        target.add_(left @ right)
+        target.add_(left @ right, alpha=scale)
     elif target.dtype in (torch.float16, torch.bfloat16):
-        torch.mm(left, right, out=target)
+        torch.addmm(target, left, right, beta=0, alpha=scale, out=target)
     else:
-        target.addmm_(left, right)
+        target.addmm_(left, right, alpha=scale)
+
+
+class GroupNorm(torch.autograd.Function):
+    """(gate(norm(x + shift)), x) for x [B, C, H, W] and shift [B, C] or None; backward adds both gradients.
+
+    On a GPU torch norms contiguous pictures alone. What is done before and after it anyway, in a channels-last network,
+    also changes the layout: the shift, the gate, and the sum of the gradients.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, shift: Tensor | None, norm: nn.GroupNorm, silu: bool) -> tuple[Tensor, Tensor]:
+        weight, bias = like(norm.weight, x), like(norm.bias, x)
+        moved = x.contiguous() if shift is None else torch.add(x, shift[:, :, None, None], out=contiguous(x))
+        ctx.sizes = *x.shape[:2], x.shape[2:].numel(), norm.num_groups
+        normed, *stats = torch.native_group_norm(moved, weight, bias, *ctx.sizes, norm.eps)
+        y = torch.empty_like(x)
+        torch.ops.aten.silu.out(normed, out=y) if silu else y.copy_(normed)
+        ctx.save_for_backward(moved, weight, *stats, normed if silu else None)
+        ctx.set_materialize_grads(False)
+        return y, x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor | None, residual: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return residual, None, None, None
+        moved, weight, mean, rstd, normed = ctx.saved_tensors
+        if normed is None:
+            slope = dy.contiguous()
+        else:
+            slope = torch.ops.aten.silu_backward.grad_input(dy, normed, grad_input=torch.empty_like(normed))
+        wanted = (True, False, False)
+        dx = torch.ops.aten.native_group_norm_backward(slope, moved, mean, rstd, weight, *ctx.sizes, wanted)[0]
+        shift = dx.sum((2, 3)) if ctx.needs_input_grad[1] else None
+        return dx if residual is None else torch.add(dx, residual, out=torch.empty_like(residual)), shift, None, None
+
+
+def contiguous(x: Tensor) -> Tensor:
+    """Room for a tensor of this kind in the contiguous layout."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 class PlainOps:
@@ -66,9 +110,7 @@ class PlainOps:
         self, x: Tensor, norm: nn.GroupNorm, *, silu: bool, shift: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """GroupNorm (and SiLU) of x [B, C, H, W] plus `shift` [B, C], and x itself for the residual path."""
-        shifted = x if shift is None else x + shift[:, :, None, None]
-        y = F.group_norm(shifted, norm.num_groups, like(norm.weight, x), like(norm.bias, x), norm.eps)
-        return (F.silu(y) if silu else y).to(x.dtype), x
+        return GroupNorm.apply(x, shift, norm, silu)
 
     def layer_norm(self, x: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
         """LayerNorm over the last dimension, and x itself for the residual path."""

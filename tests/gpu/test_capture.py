@@ -183,9 +183,12 @@ def test_a_base_in_fewer_bits_is_captured_computes_the_same_and_waits_for_nobody
 
 def test_a_frozen_text_encoder_is_captured_too():
     frozen = {"work": replace(WORK, train_text_encoder=True), "train_text_encoder": False}
-    (eager, none), (captured, graphs) = steps(5, captured=False, **frozen), steps(5, **frozen)
+    (eager, none), (again, _), (captured, graphs) = (
+        steps(5, captured=taken, **frozen) for taken in (False, False, True)
+    )
+    print(f"captured {apart(captured, eager):.2e}, eager against itself {apart(again, eager):.2e}")
     assert (none, graphs) == (0, 2)
-    assert apart(captured, eager) < 5e-3
+    assert apart(captured, eager) <= max(2 * apart(again, eager), 5e-3)
 
 
 def test_memory_short_at_a_capture_is_told_and_leaves_nothing_behind():

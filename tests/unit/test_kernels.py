@@ -144,6 +144,7 @@ def test_group_norm(ops, shape, silu, shifted):
     shift = rand(batch, channels) if shifted else None
     mine, theirs = x.clone(memory_format=torch.preserve_format).requires_grad_(), x.double().requires_grad_()
     y, passed = ops.group_norm(mine, norm, silu=silu, shift=shift)
+    assert y.is_contiguous(memory_format=torch.channels_last)
     moved = theirs if shift is None else theirs + shift.double()[:, :, None, None]
     expected = F.group_norm(moved, 32, norm.weight.double(), norm.bias.double(), norm.eps)
     expected = F.silu(expected) if silu else expected
@@ -152,6 +153,20 @@ def test_group_norm(ops, shape, silu, shifted):
     ((expected * dy.double()).sum() + (theirs * residual.double()).sum()).backward()
     close(y, expected, 5e-3)
     close(mine.grad, theirs.grad, 5e-3)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_plain_group_norm_in_float64(layout):
+    """Of both layouts, and with a shift that is learned."""
+    norm = nn.GroupNorm(2, 4, dtype=torch.float64).to(DEVICE).requires_grad_(False)
+    norm.weight.copy_(1 + rand(4) / 4)
+    x, shift = rand(2, 4, 3, 2, dtype=torch.float64), rand(2, 4, dtype=torch.float64)
+    given = (x.contiguous(memory_format=layout).requires_grad_(), shift.requires_grad_())
+    for silu in (False, True):
+        assert torch.autograd.gradcheck(
+            lambda x, s, silu=silu: PlainOps().group_norm(x, norm, silu=silu, shift=s), given
+        )
+        assert torch.autograd.gradcheck(lambda x, silu=silu: PlainOps().group_norm(x, norm, silu=silu), given[:1])
 
 
 @pytest.mark.parametrize("width", [64, 320])
