@@ -1,10 +1,10 @@
 """Pictures drawn with the LoRAs of `benchmarks.quality --work FOLDER`, for captions of held-out pictures: how far they
 are from the real ones, and a sheet of them.
 
-usage: python -m benchmarks.pictures FOLDER [--runs default-ink-1 …] [--device auto] [--count 64]
+usage: python -m benchmarks.pictures FOLDER [--runs default-ink-1 …] [--device auto] [--count 64] [--draws 1]
                                      [--sheet SHEET.png --captions 8 --last] >> PICTURES.jsonl
 
-Prints one line of JSON a LoRA.
+Prints one line of JSON a LoRA; its distance is the mean over `--draws` pictures of each caption.
 """
 
 from __future__ import annotations
@@ -84,6 +84,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--runs", nargs="*", default=None, help="folders there; all that are runs")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--count", type=int, default=64)
+    parser.add_argument("--draws", type=int, default=1)
     parser.add_argument("--last", action="store_true", help="only the last LoRA of each run")
     parser.add_argument("--sheet", type=Path, default=None)
     parser.add_argument("--captions", type=int, default=8)
@@ -96,15 +97,16 @@ def main(arguments: Sequence[str]) -> None:
         found = next(asked.folder.glob(f"{about['style']}-held-out-*"))
         captions, real = (part[: asked.count] for part in held_out(found))
         truth = torch.cat([to_tensor(picture) for picture in real])
-        recipe = Recipe(real[0].size, steps=20)
+        recipes = [Recipe(real[0].size, steps=20, seed=seed) for seed in range(asked.draws)]
         for path in loras(asked.folder / name)[-1 if asked.last else 0 :]:
             model = open_model(WORLD / "emoji-world.safetensors", device)
             apply_lora(model, path)
-            drawn = draw(model, captions, recipe)
+            drawn = [draw(model, captions, recipe) for recipe in recipes]
             line = {**about.groupdict(), "seed": int(about["seed"]), "step": step(path), "count": len(captions)}
-            print(json.dumps({**line, "distance": round(distance(drawn, truth), 5)}), flush=True)
+            far = sum(distance(each, truth) for each in drawn) / len(drawn)
+            print(json.dumps({**line, "distance": round(far, 5)}), flush=True)
         chosen = range(0, len(captions), max(1, len(captions) // asked.captions))[: asked.captions]
-        rows.append((name.replace("-", "\n"), [to_image(drawn[at]) for at in chosen]))
+        rows.append((name.replace("-", "\n"), [to_image(drawn[0][at]) for at in chosen]))
         heads = [captions[at].split(" of ", 1)[-1] for at in chosen]
         real_row = ("real\n(held out)", [real[at] for at in chosen])
     if asked.sheet:

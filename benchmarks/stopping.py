@@ -17,6 +17,7 @@ from statistics import mean
 
 from benchmarks.plot import Line, read
 from lora_trainer.curve import Point, best, risen, waited
+from lora_trainer.training.fidelity import score
 
 
 def curve(line: Line, every: int) -> list[Point]:
@@ -61,31 +62,34 @@ def spearman(one: Sequence[float], other: Sequence[float]) -> float:
 
 def correlations(lines: Sequence[Line], pictures: Sequence[Line]) -> Iterator[str]:
     """Rank correlations within each run: of the score with the held-out loss and with the pictures' distance (their
-    signs turned, so that 1 is agreement), and of those two with each other; last the mean."""
+    signs turned, so that 1 is agreement), and of those two with each other; last the mean. The score is by its formula
+    of now, of what was measured then."""
     far = {(p["style"], p["seed"], p["step"]): p["distance"] for p in pictures}
-    yield "| run | checkpoints | score, held-out loss | score, pictures | held-out loss, pictures | cost |"
-    yield "|---|---|---|---|---|---|"
+    yield "| run | checkpoints | score, held-out loss | score, pictures | held-out loss, pictures |"
+    yield "|---|---|---|---|---|"
     rows = []
     for line in sorted(lines, key=lambda line: (line["style"], line["seed"])):
         loss = {step: lora for step, lora, _ in line["curve"]}
-        shown = [(step, score) for step, _, _, score in line["compared"] if step > 0 and step in loss]
+        shown = [
+            (step, score(likeness, drift, 1 - loss[step] / line["base"]))
+            for step, likeness, drift, _ in line["compared"]
+            if step > 0 and step in loss
+        ]
         at = {
             step: far.get((line["style"], line["seed"], None if step == line["steps"] else step)) for step, _ in shown
         }
-        seen = [(score, -loss[step], -at[step]) for step, score in shown if at[step] is not None]
+        seen = [(value, -loss[step], -at[step]) for step, value in shown if at[step] is not None]
         if len(seen) < 3:
             continue
-        score, held_out, drawn = zip(*seen, strict=True)
-        cost = line["comparing_seconds"] / (line["seconds"] - line["comparing_seconds"])
-        rows.append([spearman(score, held_out), spearman(score, drawn), spearman(held_out, drawn), cost])
+        scored, held_out, drawn = zip(*seen, strict=True)
+        rows.append([spearman(scored, held_out), spearman(scored, drawn), spearman(held_out, drawn)])
         yield f"| {line['style']} {line['seed']} | {len(seen)} | " + _row(rows[-1])
     if rows:
         yield "| mean | | " + _row([mean(column) for column in zip(*rows, strict=True)])
 
 
 def _row(values: Sequence[float]) -> str:
-    *correlated, cost = values
-    return " | ".join(f"{value:.2f}" for value in correlated) + f" | {cost:.1%} |"
+    return " | ".join(f"{value:.2f}" for value in values) + " |"
 
 
 def main(arguments: Sequence[str]) -> None:

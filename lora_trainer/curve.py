@@ -29,11 +29,12 @@ class Point(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """`events.Compared` without its score."""
+    """As `events.Compared`."""
 
     step: int
     likeness: float
     drift: float
+    score: float
     clip_image: float | None = None
     clip_text: float | None = None
 

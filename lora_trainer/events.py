@@ -98,8 +98,8 @@ class Validated(Event, tag="validated"):
 class Compared(Event, tag="compared"):
     """Fidelity against drift. `likeness`: of pictures that are drawn now to the real ones of their captions, 0 as the
     base's, 1 the same; `drift`: how far other prompts have moved from the base, as a share of its own scale; `score`:
-    the likeness, less by some of the drift. With a CLIP model, the mean cosine similarities of the drawn
-    pictures: to training pictures, and to their prompts."""
+    one number of these and of the held-out loss (`fidelity.score`). With a CLIP model, the mean cosine similarities of
+    the drawn pictures: to training pictures, and to their prompts."""
 
     step: int
     likeness: float

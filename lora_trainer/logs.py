@@ -132,7 +132,7 @@ class TensorBoardLog:
             if event.train is not None:
                 self._writer.add_scalar("validation/train", event.train, event.step)
         elif isinstance(event, Compared):
-            for name in ("likeness", "drift", "clip_image", "clip_text"):
+            for name in ("likeness", "drift", "score", "clip_image", "clip_text"):
                 if (value := getattr(event, name)) is not None:
                     self._writer.add_scalar(f"validation/{name}", value, event.step)
 
@@ -249,7 +249,7 @@ def _compared(event: Compared) -> Iterator[str]:
     if event.step:
         yield (
             f"step {event.step}: drawings are {event.likeness:.0%} of the way to the training pictures, other prompts "
-            f"changed by {event.drift:.1%}{f'; {clip}' if clip else ''}"
+            f"changed by {event.drift:.1%}, score {event.score:.2f}{f'; {clip}' if clip else ''}"
         )
     elif clip:
         yield f"step 0: drawings without the LoRA: {clip}"

@@ -140,7 +140,7 @@ def _(event: Validated, view: JobView) -> JobView:
 
 @_tell.register
 def _(event: Compared, view: JobView) -> JobView:
-    row = Comparison(event.step, event.likeness, event.drift, event.clip_image, event.clip_text)
+    row = Comparison(event.step, event.likeness, event.drift, event.score, event.clip_image, event.clip_text)
     return replace(view, comparisons=(*_before(view.comparisons, event.step), row))
 
 

@@ -68,7 +68,7 @@ class Job:
         self._first_steps = FromFirstSteps(self.sink)
         self.prepare = Preparing(self.config, self.items, self.sink, self.control)
         self.validation = Validation(self.config, self.sink)
-        self.fidelity = Fidelity(self.config, self.sink)
+        self.fidelity = Fidelity(self.config, self.sink, self.validation.gain)
         self.keeper = Keeper(self.begun.states, self.config.checkpoint_every, self.sink, self._facts)
         kept = self.begun.kept
         self.kernels = Kernels(self.config.kernels, kept.facts.tier if kept is not None else "")

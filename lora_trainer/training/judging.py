@@ -118,6 +118,13 @@ class Validation:
         self.seconds = (time.perf_counter() - began) / total
         self._tell(point)
 
+    def gain(self, segment: Segment, step: int) -> float | None:
+        """The share of the base's held-out loss that is gone at `step`, measured if it is not yet; None where nothing
+        is held out or the memory is short."""
+        self(segment, step)
+        last = self.last
+        return 1 - last.lora / last.base if last and last.step == step else None
+
     def _tell(self, point: Point) -> None:
         self.sink(Validated(**point._asdict()))
         told = warning(self.curve)

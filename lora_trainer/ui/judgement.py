@@ -45,8 +45,8 @@ def judgement(curve: Sequence[Point]) -> str:
 
 
 def comparison(job: JobView) -> str:
-    """A table of how near drawings are to the pictures, and how much other prompts have changed, the best step boldly;
-    with a CLIP model also its scores, the base's for comparison. Empty until a step is measured."""
+    """A table of how near drawings are to the pictures, how much other prompts have changed, and the score of both, the
+    best step boldly; with a CLIP model also its scores, the base's for comparison. Empty until a step is measured."""
     rows = [Comparison(*row) for row in job.comparisons]
     measured = [row for row in rows if row.step > 0]
     if not measured:
@@ -56,13 +56,13 @@ def comparison(job: JobView) -> str:
     near = None if least is None else min(measured, key=lambda row: abs(row.step - least.step)).step
     shown = [row for at, row in enumerate(reversed(measured)) if at % every == 0 or row.step == near][::-1]
     clip = any(row.clip_image is not None for row in rows)
-    heads = ["Step", "Like the training pictures", "Other prompts changed"]
-    note = "0 % is as without the LoRA. Good is much on the left and little on the right."
+    heads = ["Step", "Like the training pictures", "Other prompts changed", "Score"]
+    note = "0 % is as without the LoRA. Good is much likeness and little change; the score is one number of both"
+    note += " and of the pictures held out." if job.validations else "."
     if clip:
         heads += ["CLIP: like the pictures", "CLIP: like the prompts"]
-        note = "0 % is as without the LoRA. Good is much likeness and little change"
         base = next((row for row in rows if row.step == 0), None)
-        note += f"; CLIP without the LoRA: {_score(base.clip_image)} and {_score(base.clip_text)}." if base else "."
+        note += f" CLIP without the LoRA: {_score(base.clip_image)} and {_score(base.clip_text)}." if base else ""
     head = "".join(f"<th>{name}</th>" for name in heads)
     body = "".join(_row(row, marked=row.step == near, clip=clip) for row in shown)
     return (
@@ -75,7 +75,8 @@ def _row(row: Comparison, *, marked: bool, clip: bool) -> str:
     kind = ' class="lt-marked"' if marked else ""
     bar = f'<span class="lt-likeness"><span style="width:{min(max(row.likeness, 0.0), 1.0):.0%}"></span></span>'
     scores = f"<td>{_score(row.clip_image)}</td><td>{_score(row.clip_text)}</td>" if clip else ""
-    return f"<tr{kind}><td>{row.step:,}</td><td>{bar}{row.likeness:.0%}</td><td>{row.drift:.1%}</td>{scores}</tr>"
+    numbers = f"<td>{bar}{row.likeness:.0%}</td><td>{row.drift:.1%}</td><td>{row.score:.2f}</td>"
+    return f"<tr{kind}><td>{row.step:,}</td>{numbers}{scores}</tr>"
 
 
 def _score(value: float | None) -> str:

@@ -141,9 +141,9 @@ JOBS = st.builds(
     steps=st.none() | st.integers(0, 10**6),
     losses=LOSSES,
     validations=st.lists(st.builds(Point, st.integers(0, 9), *[st.floats(0, 2)] * 4), max_size=4).map(tuple),
-    comparisons=st.lists(st.tuples(st.integers(0, 9), st.floats(-9, 2), st.floats(0, 2), *[SCORE] * 2), max_size=9).map(
-        tuple
-    ),
+    comparisons=st.lists(
+        st.tuples(st.integers(0, 9), st.floats(-9, 2), st.floats(0, 2), st.floats(0, 1), *[SCORE] * 2), max_size=9
+    ).map(tuple),
     learning_rate=st.none() | st.floats(0, 1),
     kind=st.sampled_from(["train", "find-lr"]),
     sweep=st.lists(st.tuples(RATE, st.floats(0, 1e9) | st.just(float("nan"))), max_size=9).map(tuple),

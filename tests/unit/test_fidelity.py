@@ -11,7 +11,7 @@ import torch
 from lora_trainer.config import build
 from lora_trainer.curve import Point
 from lora_trainer.errors import ConfigError
-from lora_trainer.events import Compared, Notice
+from lora_trainer.events import Compared, Notice, Validated
 from lora_trainer.hosts.standalone import train as train_here
 from lora_trainer.jobs.fold import Told, fold
 from lora_trainer.jobs.store import Head, first_view
@@ -44,10 +44,14 @@ def test_pictures_are_as_far_as_they_differ_from_the_real_ones_of_their_captions
     assert base.far(real.flip(0)) > 0.1
 
 
-def test_the_score_counts_drift_less_than_likeness():
-    assert score(0.5, 0.0) == 0.5
-    assert score(0.5, 0.19) == pytest.approx(0.45)
-    assert score(0.5, 1.5) == 0
+def test_the_score_is_a_mean_of_likeness_held_out_gain_and_what_drift_leaves():
+    assert score(0.5, 0.0, None) == 0.5
+    assert score(0.5, 0.0, 0.5) == pytest.approx(0.5)
+    assert score(0.5, 1 - 0.9**4, None) == pytest.approx(0.45)
+    assert score(0.5, 0.0, 0.25) == pytest.approx(0.5 / 2 ** (5 / 6))
+    # Drawings that come a tenth nearer are worth what 2 % of the held-out gain are.
+    assert score(0.5, 0.1, 0.5) < score(0.5 * 1.1, 0.1, 0.5 * 0.985) < score(0.5, 0.1, 0.5 * 1.01)
+    assert score(0.5, 1.5, 0.5) == score(-0.1, 0.1, 0.5) == score(0.5, 0.1, -0.2) == 0
 
 
 def test_a_run_begins_as_the_base_and_moves(settings, often):
@@ -57,7 +61,10 @@ def test_a_run_begins_as_the_base_and_moves(settings, often):
     assert [event.step for event in others] == [4, 8]
     assert 0 < others[0].drift < others[-1].drift
     assert all(event.likeness <= 1 for event in others)
-    assert all(event.score == event.likeness * (1 - event.drift) ** 0.5 for event in others)
+    gains = {event.step: 1 - event.lora / event.base for event in of(events, Validated)}
+    assert gains.keys() == {0, 4, 8}
+    assert all(event.score == score(event.likeness, event.drift, gains[event.step]) for event in others)
+    assert others[-1].score > 0
 
 
 def test_measuring_changes_nothing_of_what_is_learned(settings, often):
@@ -159,17 +166,19 @@ def test_the_log_the_job_and_the_tab_show_it(settings, often, tmp_path):
     for event in events:
         view = fold(view, Told(1.0, event))
     assert [row[0] for row in view.comparisons] == [0, 4, 8]
-    assert sum("other prompts changed by" in line for line in view.log) == 2
+    assert sum("other prompts changed by" in line and ", score 0." in line for line in view.log) == 2
     assert comparison(view).count("<tr") == 1 + 2
 
 
 def test_the_table_stays_short_and_marks_the_best_step():
     job = SimpleNamespace(
-        comparisons=tuple((step, step / 100, step / 1000) for step in range(0, 100, 5)),
+        comparisons=tuple((step, step / 100, step / 1000, step / 200) for step in range(0, 100, 5)),
         validations=(Point(0, 0.5, 0.5), Point(40, 0.5, 0.3), Point(90, 0.5, 0.4)),
     )
     html = comparison(job)
     assert html.count("<tr") <= 8
     assert '<tr class="lt-marked"><td>40</td>' in html
     assert "<td>95</td>" in html
-    assert comparison(SimpleNamespace(comparisons=((0, 0.0, 0.0),), validations=())) == ""
+    assert "<td>0.20</td></tr>" in html
+    assert "pictures held out" in html
+    assert comparison(SimpleNamespace(comparisons=((0, 0.0, 0.0, 0.0),), validations=())) == ""
