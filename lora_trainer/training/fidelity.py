@@ -47,7 +47,7 @@ CLIP_PASSES = 6
 SEED = 0
 # How often each part of the score counts in its geometric mean, beside the likeness once. The held-out loss moves by
 # a few percent where the likeness of 8 pictures moves by tens: docs/defaults.md has what that is worth.
-GAIN, UNMOVED = 5, 0.25
+GAIN, UNMOVED = 6, 0.25
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,10 @@ class Base:
 
 @dataclass
 class Fidelity:
-    """Measures a run at its steps, where `measure_drift` asks for it. `gain`: the share of the base's held-out loss that
-    is gone at a step, where pictures are held out. Pictures are drawn for the captions of `_asked`, which were never
-    trained where pictures are held out, and held against the real ones, `_models`; what differs among the training
-    pictures `_real` counts less. Raises ModelError where clip_model_dir holds no CLIP model."""
+    """Measures a run at its steps, where `measure_drift` asks for it. `gain`: the share of the base's held-out loss
+    that is gone at a step, where pictures are held out. Pictures are drawn for the captions of `_asked`, which were
+    never trained where pictures are held out, and held against the real ones, `_models`; what differs among the
+    training pictures `_real` counts less. Raises ModelError where clip_model_dir holds no CLIP model."""
 
     config: Config
     sink: EventSink

@@ -19,6 +19,7 @@ from lora_trainer.models.fingerprint import fingerprint
 from lora_trainer.models.model import Model
 from lora_trainer.training import resume
 from lora_trainer.training.boundary import Boundaries
+from lora_trainer.training.chosen import step_notices
 from lora_trainer.training.data import Items
 from lora_trainer.training.feed import Feed
 from lora_trainer.training.fidelity import Fidelity
@@ -210,7 +211,7 @@ class Job:
         self._told = True
         self._tier = segment.tier.ops.name
         self.sink(segment.started(self.output.name, self.prepare.data.train.images, steps))
-        for notice in segment.notices:
+        for notice in (*segment.notices, *step_notices(self.config, steps)):
             self.sink(Notice(text=notice))
         if self.step == 0:
             self.validation(segment, 0)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import estimate, pictures, plot, plot_quality, quality, step, stopping
+from benchmarks import drift, estimate, figures, pictures, plot, plot_quality, presets, quality, step, stopping
 from benchmarks.styles import STYLES, folders
 from lora_trainer.adapters.kinds import KINDS
 from lora_trainer.models.single_file import model_of, place
@@ -73,6 +73,26 @@ def test_every_kind_of_adapter_is_measured_by_one_command(tmp_path, monkeypatch)
     lines = plot.read([out])
     assert [line["adapter"] for line in lines] == list(KINDS)
     assert plot.label(lines[-1]) == "SD1.5, 512², batch 4, no dropout, oft"
+
+
+def test_figures_are_the_same_every_time_and_never_alone(tmp_path):
+    captions: set[str] = set()
+    for name in figures.FIGURES:
+        learned, held_out = figures.write_figure(name, tmp_path)
+        again = figures.write_figure(name, tmp_path / "again")[0]
+        rows = [(folder / "metadata.csv").read_text().splitlines() for folder in (learned, held_out)]
+        assert len(rows[0]) == figures.TRAINED
+        assert len(rows[1]) >= 64
+        found = {row.partition(",")[2] for part in rows for row in part}
+        assert len(found) == sum(map(len, rows))
+        assert all(f"noto emoji of {name} and " in caption for caption in found)
+        assert (learned / "003.png").read_bytes() == (again / "003.png").read_bytes()
+        picture = np.asarray(Image.open(learned / "003.png").convert("L"))
+        left, right = (picture[:, part] < 240 for part in (slice(0, 40), slice(-30, None)))
+        assert left.any()
+        assert right.any()
+        captions |= found
+    assert len(captions) > 300
 
 
 def test_each_style_draws_the_same_subjects_in_its_own_colours(tmp_path):
@@ -155,3 +175,26 @@ def test_a_measured_base_is_stored_as_a_runs_is(checkpoint):
     assert names[0] == names[1] != set()
     saved = sum(3 * weight.numel() for weight in mine.parameters() if isinstance(weight, Stored))
     assert step.bytes_of(mine) == step.bytes_of(theirs) == step.bytes_of(whole) - saved
+
+
+def test_settings_are_ranked_by_their_best_and_told_after_so_many_epochs():
+    line = {"pictures": 16, "visits": 640, "steps": 160, "base": 0.5}
+    good, bad = [[0, 0.5, 0.5], [40, 0.4, 0.4], [80, 0.2, 0.1], [160, 0.3, 0.1]], [[0, 0.5, 0.5], [160, 0.45, 0.4]]
+    lines = [{**line, "settings": name, "curve": curve} for name, curve in (("bad", bad), ("good", good))]
+    assert list(presets.rows(lines, [10, 30])) == [
+        "| settings | 10 epochs | 30 epochs | best | at step | runs |",
+        "|---|---|---|---|---|---|",
+        "| good | 0.800 | 0.400 | 0.400 | 80 | 1 |",
+        "| bad | 1.000 | 1.000 | 0.900 | 160 | 1 |",
+    ]
+
+
+def test_drift_is_compared_where_the_held_out_loss_is_the_same():
+    def saved(run, *points):
+        return [{"seed": 1, "run": run, "held_out": loss, "drift": drift} for loss, drift in points]
+
+    plain = saved("base", (0.5, 0.0)) + saved("plain", (0.4, 0.1), (0.3, 0.2))
+    kept = saved("output", (0.45, 0.02), (0.35, 0.03), (0.2, 0.04))
+    *_, row = drift.rows(plain + kept)
+    assert row == "| output | 1 | 0.3500 | 0.1500 | 0.0300 | 80% | 60% to 60% |"
+    assert drift.drift_at(0.2, plain) is None

@@ -17,7 +17,7 @@ from lora_trainer.config import build
 from lora_trainer.errors import ConfigError
 from lora_trainer.events import Started, StepDone
 from lora_trainer.hosts.standalone import open_model
-from lora_trainer.training.chosen import unet_sizes
+from lora_trainer.training.chosen import step_notices, unet_sizes
 from lora_trainer.training.segment import open_segment
 from tests.tiny_sdxl import tiny_sdxl_checkpoint
 from tests.unit.test_run import of, train
@@ -241,3 +241,12 @@ def test_headers_and_inspection_tell_what_is_not_ordinary(settings):
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
     assert "ss_network_args" not in header
     assert "conv_rank" not in header["lora_trainer_config"]
+
+
+def test_few_steps_are_said_to_be_few():
+    config = build(NEEDED, {"epochs": 10})
+    (told,) = step_notices(config, 40)
+    assert told.startswith("40 steps are few")
+    assert told.endswith("epochs=40 gives as many")
+    assert not [*step_notices(config, 100)]
+    assert not [*step_notices(build(NEEDED, {"max_train_steps": 40}), 40)]

@@ -48,7 +48,7 @@ def test_the_score_is_a_mean_of_likeness_held_out_gain_and_what_drift_leaves():
     assert score(0.5, 0.0, None) == 0.5
     assert score(0.5, 0.0, 0.5) == pytest.approx(0.5)
     assert score(0.5, 1 - 0.9**4, None) == pytest.approx(0.45)
-    assert score(0.5, 0.0, 0.25) == pytest.approx(0.5 / 2 ** (5 / 6))
+    assert score(0.5, 0.0, 0.25) == pytest.approx(0.5 / 2 ** (6 / 7))
     # Drawings that come a tenth nearer are worth what 2 % of the held-out gain are.
     assert score(0.5, 0.1, 0.5) < score(0.5 * 1.1, 0.1, 0.5 * 0.985) < score(0.5, 0.1, 0.5 * 1.01)
     assert score(0.5, 1.5, 0.5) == score(-0.1, 0.1, 0.5) == score(0.5, 0.1, -0.2) == 0
