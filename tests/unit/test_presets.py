@@ -60,7 +60,7 @@ def test_any_setting_beside_it_wins_wherever_it_stands(tmp_path):
     assert (found.preset, found.epochs, found.lora_rank, found.crop) == ("object", 3, 12, "focus")
     for written in (["preset=character"], ["--preset", "Character"], ["--preset=character"]):
         found = config_of(path, written)
-        assert (found.preset, found.epochs, found.min_snr_gamma) == ("character", 3, 5)
+        assert (found.preset, found.epochs, found.train_text_encoder) == ("character", 3, True)
 
 
 def test_sdxl_has_values_of_its_own_and_sd2_those_of_sd15(tmp_path):
@@ -73,7 +73,7 @@ def test_sdxl_has_values_of_its_own_and_sd2_those_of_sd15(tmp_path):
         found[name] = config_of(None, ["preset=character", "train_data_dir=d", f"base_model={path}"])
     for family in ("sd", "sd2"):
         assert (found[family].train_text_encoder, found[family].batch_size) == (True, 4)
-    assert "SD1.5 and SD2: `learning_rate=0.00025` `train_text_encoder=true`" in preset_table()
+    assert "SD1.5 and SD2: `train_text_encoder=true`;" in preset_table()
     assert (found["xl"].train_text_encoder, found["xl"].batch_size) == (False, 2)
     (tmp_path / "torn.safetensors").write_bytes(b"torn")
     for unread in ("torn.safetensors", "missing.safetensors", "a.ckpt"):
@@ -90,7 +90,8 @@ def test_an_unknown_one_is_refused_with_the_nearest():
             build(NEEDED, {"preset": given})
 
 
-def test_a_contradiction_names_the_preset():
+def test_a_contradiction_names_the_preset(monkeypatch):
+    monkeypatch.setitem(declared.PRESETS, "character", Preset("Other.", {"epochs": 40, "min_snr_gamma": 5.0}))
     with pytest.raises(ConfigError, match=r"min_snr_gamma and debiased.*\(preset character gives min_snr_gamma=5\)"):
         build(NEEDED, {"preset": "character", "debiased_estimation_loss": True})
     with pytest.raises(ConfigError) as error:
@@ -167,11 +168,11 @@ def test_choosing_one_sets_its_controls_and_says_why():
 
 def test_another_one_takes_back_what_was_not_changed_by_hand():
     host = FakeHost()
-    after = {"learning_rate": 2.5e-4, "epochs": 20.0, "crop": "focus"}
-    assert chosen(host, "object", NONE, **after) == {"learning_rate": 5e-4, "epochs": 10, "crop": "center"}
-    by_hand = after | {"learning_rate": 1e-3, "epochs": None}
+    after = {"lora_rank": 16, "epochs": 40.0, "crop": "focus"}
+    assert chosen(host, "object", NONE, **after) == {"lora_rank": 8, "epochs": 10, "crop": "center"}
+    by_hand = after | {"lora_rank": 12, "epochs": None}
     assert chosen(host, "object", NONE, **by_hand) == {"crop": "center"}
-    assert chosen(host, "object", "object", **by_hand) == {"learning_rate": 2.5e-4, "epochs": 20, "crop": "focus"}
+    assert chosen(host, "object", "object", **by_hand) == {"lora_rank": 16, "epochs": 40, "crop": "focus"}
     swapped = chosen(host, "object", "style", **after)
     assert (swapped["lora_rank"], swapped["epochs"], swapped["crop"]) == (16, 15, "center")
 
