@@ -51,8 +51,8 @@ PRESETS = {
         sd3=_LARGE,
     ),
     "object": Preset(
-        "A thing, too, is learned from few pictures that must be seen often: twice the rank, four times the epochs, and "
-        "of each picture the crop keeps what is around the most detail.",
+        "A thing, too, is learned from few pictures that must be seen often: twice the rank, four times the epochs, "
+        "and of each picture the crop keeps what is around the most detail.",
         {"lora_rank": 16, "epochs": 40, "crop": "focus"},
         sdxl=_LARGE,
         sd3=_LARGE,
