@@ -240,8 +240,8 @@ class Fidelity:
 
 
 def score(likeness: float, drift: float, gain: float | None) -> float:
-    """One number: the geometric mean of the likeness, of the share of the base's held-out loss that is gone (where
-    pictures are held out), and of what drift leaves. 0: no better than the base."""
+    """One number: the geometric mean of the likeness, of the share of the base's held-out loss that is gone (GAIN
+    times, where pictures are held out), and of what drift leaves (UNMOVED times). 0: no better than the base."""
     parts, weight = max(0.0, likeness) * max(0.0, 1 - drift) ** UNMOVED, 1
     if gain is not None:
         parts, weight = parts * max(0.0, gain) ** GAIN, 1 + GAIN

@@ -120,10 +120,10 @@ class Validation:
 
     def gain(self, segment: Segment, step: int) -> float | None:
         """The share of the base's held-out loss that is gone at `step`, measured if it is not yet; None where nothing
-        is held out or the memory is short."""
+        is held out, the memory is short or the base loses nothing."""
         self(segment, step)
         last = self.last
-        return 1 - last.lora / last.base if last and last.step == step else None
+        return 1 - last.lora / last.base if last and last.step == step and last.base else None
 
     def _tell(self, point: Point) -> None:
         self.sink(Validated(**point._asdict()))
