@@ -110,6 +110,9 @@ class PlainOps:
         self, x: Tensor, norm: nn.GroupNorm, *, silu: bool, shift: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """GroupNorm (and SiLU) of x [B, C, H, W] plus `shift` [B, C], and x itself for the residual path."""
+        if x.is_meta:
+            # Shapes alone, of which torch 2.1 computes no operation into a given tensor.
+            return x.clone(), x
         return GroupNorm.apply(x, shift, norm, silu)
 
     def layer_norm(self, x: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
