@@ -15,7 +15,7 @@ from lora_trainer.adapters.parts import ldm_names
 from lora_trainer.adapters.targets import block_of
 from lora_trainer.config import build
 from lora_trainer.errors import ConfigError
-from lora_trainer.events import Started, StepDone
+from lora_trainer.events import Notice, Started, StepDone
 from lora_trainer.hosts.standalone import open_model
 from lora_trainer.training.chosen import step_notices, unet_sizes
 from lora_trainer.training.segment import open_segment
@@ -243,7 +243,9 @@ def test_headers_and_inspection_tell_what_is_not_ordinary(settings):
     assert "conv_rank" not in header["lora_trainer_config"]
 
 
-def test_few_steps_are_said_to_be_few():
+def test_few_steps_are_said_to_be_few(settings):
+    events, _ = train(settings)
+    assert sum("steps are few" in event.text for event in of(events, Notice)) == 1
     config = build(NEEDED, {"epochs": 10})
     (told,) = step_notices(config, 40)
     assert told.startswith("40 steps are few")
