@@ -4,7 +4,8 @@ are from the real ones, and a sheet of them.
 usage: python -m benchmarks.pictures FOLDER [--runs default-ink-1 …] [--device auto] [--count 64] [--draws 1]
                                      [--sheet SHEET.png --captions 8 --last] >> PICTURES.jsonl
 
-Prints one line of JSON a LoRA; its distance is the mean over `--draws` pictures of each caption.
+Prints one line of JSON a LoRA; its distance is the mean over `--draws` pictures of each caption, each of which is
+there too.
 """
 
 from __future__ import annotations
@@ -103,8 +104,9 @@ def main(arguments: Sequence[str]) -> None:
             apply_lora(model, path)
             drawn = [draw(model, captions, recipe) for recipe in recipes]
             line = {**about.groupdict(), "seed": int(about["seed"]), "step": step(path), "count": len(captions)}
-            far = sum(distance(each, truth) for each in drawn) / len(drawn)
-            print(json.dumps({**line, "distance": round(far, 5)}), flush=True)
+            far = [distance(each, truth) for each in drawn]
+            each = [round(value, 5) for value in far]
+            print(json.dumps({**line, "distance": round(sum(far) / len(far), 5), "draws": each}), flush=True)
         chosen = range(0, len(captions), max(1, len(captions) // asked.captions))[: asked.captions]
         rows.append((name.replace("-", "\n"), [to_image(drawn[0][at]) for at in chosen]))
         heads = [captions[at].split(" of ", 1)[-1] for at in chosen]

@@ -3,11 +3,14 @@ figures and from several seeds, with the same number of pictures seen.
 
 usage: python -m benchmarks.quality [--settings default kohya …] [--styles ink … zorbin …] [--seeds 1 2 3]
                                     [--visits 1200] [--pictures 120] [--validations 0] [--held-out 64] [--workers 1]
-                                    [--compare-always] [--override key=value …] >> RESULTS.jsonl
+                                    [--base FILE --family sdxl] [--compare-always] [--override key=value …]
+                                    >> RESULTS.jsonl
 
 Prints one line of JSON a run: the held-out curve, fidelity and drift where they were measured, what was warned of.
 `--override` goes to all of them. Several workers fill a GPU, for which one of these runs is too small. With
-`--compare-always` fidelity and drift are measured at each validation, whatever it costs.
+`--compare-always` fidelity and drift are measured at each validation, whatever it costs. `--base` is another model of
+the same pictures than the bundled one (`tools/demo_world` makes one of SDXL's form); a preset's settings are those for
+`--family`.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from types import MappingProxyType
 from benchmarks.figures import FIGURES, write_figure
 from benchmarks.styles import STYLES, folders
 from lora_trainer.config import Config
-from lora_trainer.config.presets import preset_values
+from lora_trainer.config.presets import FAMILIES, preset_values
 from lora_trainer.config.sources import parse_overrides
 from lora_trainer.demo import demo_config
 from lora_trainer.events import AnyEvent, Compared, Notice, Progress, Validated
@@ -40,7 +43,8 @@ _NO_DROPOUT = {"lora_dropout": 0.0}
 SETTINGS: Mapping[str, Mapping[str, object]] = MappingProxyType(
     {
         "default": {},
-        **{name: preset_values(name, "sd15") for name in PRESETS},
+        # As they are for the family.
+        **{name: {} for name in PRESETS},
         # kohya_ss, the GUI's start values
         "kohya": _NO_DROPOUT
         | {
@@ -82,6 +86,7 @@ SETTINGS: Mapping[str, Mapping[str, object]] = MappingProxyType(
 def config_of(name: str, style: str, seed: int, work: Path, asked: argparse.Namespace) -> Config:
     """The demo's settings with those of `name`, and as many steps as see `asked.visits` pictures."""
     settings = {"gradient_accumulation_steps": 1, "batch_size": 4, "save_steps": 0, **SETTINGS[name]}
+    settings |= preset_values(name, asked.family) if name in PRESETS else {}
     settings |= parse_overrides(asked.overrides)
     learned, held_out = prepare(style, work, asked)
     paths = {"train_data_dir": learned, "metadata_path": None, "validation_data_dir": held_out}
@@ -89,6 +94,8 @@ def config_of(name: str, style: str, seed: int, work: Path, asked: argparse.Name
     every = max(1, steps // asked.validations) if asked.validations else 0
     settings |= {"seed": seed, "max_train_steps": steps, "epochs": 100_000, "validate_every": every}
     fixed = {"cpu_threads": 1, "checkpoint_every": 0, "log_with": "csv", "cache_dir": str(work / "cache")}
+    if asked.base:
+        fixed["base_model"] = str(asked.base)
     return demo_config(work / f"{name}-{style}-{seed}", **{**settings, **paths, **fixed})
 
 
@@ -170,6 +177,8 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--pictures", type=int, default=120)
     parser.add_argument("--held-out", type=int, default=64)
     parser.add_argument("--validations", type=int, default=0)
+    parser.add_argument("--base", type=Path, default=None)
+    parser.add_argument("--family", choices=FAMILIES, default="sd15")
     parser.add_argument("--compare-always", action="store_true")
     parser.add_argument("--label", default="", help="instead of the settings' name in the results")
     parser.add_argument("--workers", type=int, default=1)

@@ -16,7 +16,8 @@ FAMILIES = {"sd15": "SD1.5 and SD2", "sdxl": "SDXL", "sd3": "Stable Diffusion 3"
 Values = Mapping[str, Any]
 # Four pictures a step, as by default, in the memory of a card with 12 to 24 GB.
 _HALF_BATCHES = {"batch_size": 2, "gradient_accumulation_steps": 2}
-_LARGE = {"learning_rate": 1e-4, **_HALF_BATCHES}
+_SDXL = {"learning_rate": 2e-4, **_HALF_BATCHES}
+_SD3 = {"learning_rate": 1e-4, **_HALF_BATCHES}
 
 
 @dataclass(frozen=True)
@@ -39,23 +40,23 @@ PRESETS = {
         "A style is in every picture and needs no word that the model does not know: a larger rank and more epochs "
         "make it strong.",
         {"lora_rank": 16, "epochs": 15},
-        sdxl=_LARGE,
-        sd3=_LARGE,
+        sdxl=_SDXL,
+        sd3=_SD3,
     ),
     "character": Preset(
         "A face is small details under a new name, mostly from few pictures, which must be seen often: twice the rank, "
         "four times the epochs, and on SD1.5 and SD2 the text encoder learns the name.",
         {"lora_rank": 16, "epochs": 40},
         sd15={"train_text_encoder": True},
-        sdxl=_LARGE,
-        sd3=_LARGE,
+        sdxl=_SDXL,
+        sd3=_SD3,
     ),
     "object": Preset(
         "A thing, too, is learned from few pictures that must be seen often: twice the rank, four times the epochs, "
         "and of each picture the crop keeps what is around the most detail.",
         {"lora_rank": 16, "epochs": 40, "crop": "focus"},
-        sdxl=_LARGE,
-        sd3=_LARGE,
+        sdxl=_SDXL,
+        sd3=_SD3,
     ),
     "trial": Preset(
         "A few steps on a few pictures show whether all works, and how long the whole run will take.",

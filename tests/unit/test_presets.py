@@ -132,7 +132,7 @@ def test_options_prints_them(capsys):
     out = capsys.readouterr().out
     for name, preset in PRESETS.items():
         assert f"| `{name}` | {preset.why} |" in out
-    assert "SDXL: `learning_rate=0.0001` `batch_size=2`" in out
+    assert "SDXL: `learning_rate=0.0002` `batch_size=2`" in out
 
 
 def test_the_trial_preset_is_a_trial(settings):
@@ -162,7 +162,7 @@ def test_choosing_one_sets_its_controls_and_says_why():
     assert PRESETS["style"].why in reason("style")
     assert "none" in reason(NONE)
     host.model = Checkpoint("base", (), "sdxl")
-    assert chosen(host, NONE, "style")["learning_rate"] == 1e-4
+    assert chosen(host, NONE, "style")["learning_rate"] == 2e-4
     assert set(touched()) <= {option.key for option in fields.shown()}
 
 

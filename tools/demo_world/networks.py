@@ -6,6 +6,8 @@ be one channel and each norm would erase its mean, which is where a flat icon ke
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
@@ -61,11 +63,17 @@ def text_config() -> dict:
     }
 
 
+def quick_gelu(h: Tensor) -> Tensor:
+    """OpenAI's CLIP's."""
+    return h * torch.sigmoid(1.702 * h)
+
+
 class Layer(nn.Module):
     """One layer of CLIP's text encoder, under transformers' names."""
 
-    def __init__(self) -> None:
+    def __init__(self, heads: int, activation: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
+        self.heads, self.activation = heads, activation
         self.layer_norm1, self.layer_norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
         names = ("q_proj", "k_proj", "v_proj", "out_proj")
         self.self_attn = nn.ModuleDict({name: nn.Linear(WIDTH, WIDTH) for name in names})
@@ -74,11 +82,11 @@ class Layer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.layer_norm1(x)
         projected = (self.self_attn[name](h) for name in ("q_proj", "k_proj", "v_proj"))
-        q, k, v = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in projected)
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in projected)
         h = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.self_attn["out_proj"](h.transpose(1, 2).flatten(2))
         h = self.mlp["fc1"](self.layer_norm2(x))
-        return x + self.mlp["fc2"](h * torch.sigmoid(1.702 * h))
+        return x + self.mlp["fc2"](self.activation(h))
 
 
 class Text(nn.Module):
@@ -88,23 +96,41 @@ class Text(nn.Module):
     has no meaning of its own.
     """
 
-    def __init__(self, seen: Tensor) -> None:
+    def __init__(
+        self, seen: Tensor, *, heads: int = HEADS, activation: Callable[[Tensor], Tensor] = quick_gelu
+    ) -> None:
         super().__init__()
         self.seen = seen
         tokens, positions = nn.Embedding(len(seen), WIDTH), nn.Embedding(TOKENS, WIDTH)
         self.embeddings = nn.ModuleDict({"token_embedding": tokens, "position_embedding": positions})
-        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(Layer() for _ in range(LAYERS))})
+        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(Layer(heads, activation) for _ in range(LAYERS))})
         self.final_layer_norm = nn.LayerNorm(WIDTH)
         nn.init.normal_(tokens.weight, std=0.3)
         nn.init.normal_(positions.weight, std=0.1)
 
     def forward(self, rows: Tensor, known: Tensor) -> Tensor:
         """`rows` [B, 77] index the seen tokens; `known` [B, 77] is 0 where the token is not one of them."""
+        return self.final_layer_norm(self.layers(rows, known)[-1])
+
+    def layers(self, rows: Tensor, known: Tensor) -> list[Tensor]:
+        """What each layer says, [B, 77, WIDTH]."""
         x = self.embeddings["token_embedding"](rows) * known.unsqueeze(-1)
         x = x + self.embeddings["position_embedding"].weight
+        said = []
         for layer in self.encoder["layers"]:
             x = layer(x)
-        return self.final_layer_norm(x)
+            said.append(x)
+        return said
+
+
+def make_text(seen: Tensor) -> Text:
+    """The text side: one encoder."""
+    return Text(seen)
+
+
+def told(said: Tensor) -> dict[str, Tensor]:
+    """What the UNet is given of what the text side says."""
+    return {"encoder_hidden_states": said}
 
 
 def full_text_state(values: dict[str, Tensor], seen: Tensor) -> dict[str, Tensor]:

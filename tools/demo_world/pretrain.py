@@ -1,6 +1,6 @@
 """Pretrain the demo world's UNet and text encoder on one GPU, with the VAE of pretrain_vae.py.
 
-usage: python pretrain.py ICONS.npz VAE.pt OUT SECONDS
+usage: python pretrain.py ICONS.npz VAE.pt OUT SECONDS [sd15|sdxl]
 
 Writes OUT/*.pt now and then (weights and their average in fp16) and sheets of what it draws.
 """
@@ -11,16 +11,20 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
+import networks
+import networks_sdxl
 import numpy as np
 import torch
 from captions import STRANGE, Captions
 from gpu import CUDA, DEVICE, HALF, Masters, graphed, train
 from icons import FLAT
-from networks import LATENT, Text, make_unet, make_vae
+from networks import LATENT, make_vae
 from pictures import Bank, encode_bank
 from sheets import draw_sheet
-from torch import Tensor
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from lora_trainer.models.noise import scaled_linear
@@ -28,15 +32,16 @@ from lora_trainer.models.noise import scaled_linear
 PEAK_RATE, WEIGHT_DECAY, AVERAGE = 8e-4, 5e-2, 0.9995
 BATCH = 256 if CUDA else 4
 SAVES = 6
+FORMS = {"sd15": networks, "sdxl": networks_sdxl}
 
 
 class World:
-    """UNet and text encoder, with their data on the device."""
+    """UNet and text side of a form, with their data on the device."""
 
-    def __init__(self, captions: Captions, bank: Bank) -> None:
-        self.captions, self.bank = captions, bank
-        self.unet = make_unet().to(DEVICE, HALF, memory_format=torch.channels_last)
-        self.text = Text(captions.seen).to(DEVICE, HALF)
+    def __init__(self, captions: Captions, bank: Bank, form: ModuleType) -> None:
+        self.captions, self.bank, self.form = captions, bank, form
+        self.unet = form.make_unet().to(DEVICE, HALF, memory_format=torch.channels_last)
+        self.text = form.make_text(captions.seen).to(DEVICE, HALF)
         self.alphas = scaled_linear(0.00085, 0.012, 1000).to(DEVICE)
         parameters = [*self.unet.parameters(), *self.text.parameters()]
         self.masters = Masters(parameters, weight_decay=WEIGHT_DECAY, average=AVERAGE)
@@ -48,7 +53,7 @@ class World:
 
     def error(self, noisy: Tensor, t: Tensor, noise: Tensor, rows: Tensor, known: Tensor) -> Tensor:
         """Each sample's epsilon error [B]."""
-        out = self.unet(noisy, t, encoder_hidden_states=self.text(rows, known), return_dict=False)[0].float()
+        out = self.unet(noisy, t, **self.form.told(self.text(rows, known)), return_dict=False)[0].float()
         return (out - noise).square().mean((1, 2, 3))
 
     def step(self) -> None:
@@ -74,14 +79,18 @@ class World:
     def unseen_loss(self, latents: Tensor, subjects: Tensor) -> list[float]:
         """Epsilon errors at eight timesteps for pictures [N, 4, 16, 16] in a style that it never saw."""
         unet, text = self.averaged()
-        context = text(self.captions.rows[subjects, STRANGE], self.captions.known[subjects, STRANGE].float())
+        said = self.form.told(self.said(text, subjects, STRANGE))
         noise = torch.randn(latents.shape, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(0))
         found = []
         for t in range(63, 1000, 125):
             a = self.alphas[t]
-            out = unet(a.sqrt() * latents + (1 - a).sqrt() * noise, t, encoder_hidden_states=context).sample
+            out = unet(a.sqrt() * latents + (1 - a).sqrt() * noise, t, **said).sample
             found.append((out - noise).square().mean().item())
         return found
+
+    def said(self, text: nn.Module, index: Tensor | list[int], kind: int) -> Any:
+        """What the text side, in fp32, says of these pictures' captions of a kind."""
+        return text(self.captions.rows[index, kind], self.captions.known[index, kind].float())
 
     def save(self, out: Path) -> None:
         """The averages in fp16 under diffusers' and transformers' names, each file moved into place when whole."""
@@ -98,9 +107,9 @@ class World:
             (out / f"{name}.tmp").rename(out / f"{name}.pt")
 
     @torch.no_grad()
-    def averaged(self) -> tuple[torch.nn.Module, torch.nn.Module]:
+    def averaged(self) -> tuple[nn.Module, nn.Module]:
         """(UNet, text encoder) in fp32 with the averaged weights, to draw with."""
-        unet, text = make_unet().to(DEVICE), Text(self.captions.seen).to(DEVICE)
+        unet, text = self.form.make_unet().to(DEVICE), self.form.make_text(self.captions.seen).to(DEVICE)
         torch._foreach_copy_([p.data for p in [*unet.parameters(), *text.parameters()]], self.masters.average)
         return unet, text
 
@@ -122,7 +131,7 @@ def wait_for(file: Path) -> dict[str, Tensor]:
     return torch.load(file, weights_only=True, map_location=DEVICE)
 
 
-def main(icons: Path, vae_file: Path, out: Path, seconds: float) -> None:
+def main(icons: Path, vae_file: Path, out: Path, seconds: float, form: str = "sd15") -> None:
     began = time.time()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
@@ -133,7 +142,7 @@ def main(icons: Path, vae_file: Path, out: Path, seconds: float) -> None:
     styles = list(data["styles"])
     captions = Captions(list(data["names"]), styles, default=[style not in FLAT.values() for style in styles])
     bank = Bank.empty(len(pictures), LATENT)
-    world = World(captions, bank)
+    world = World(captions, bank, FORMS[form])
     step = captured(world)
     print(f"ready after {time.time() - began:.0f} s", flush=True)
     vae = make_vae().to(DEVICE).eval().requires_grad_(False)
@@ -165,4 +174,4 @@ def main(icons: Path, vae_file: Path, out: Path, seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), float(sys.argv[4]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), float(sys.argv[4]), *sys.argv[5:])

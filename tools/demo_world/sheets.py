@@ -12,21 +12,21 @@ from icons import BASE_STYLES
 from networks import LATENT, SCALE
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 
 @torch.no_grad()
 def sample(
-    unet: nn.Module, alphas: Tensor, contexts: tuple[Tensor, Tensor], guidance: float, steps: int = 30
+    unet: nn.Module, alphas: Tensor, told: dict[str, Any], count: int, guidance: float, steps: int = 30
 ) -> Tensor:
-    """DDIM latents [N, 4, 16, 16] for (empty, wanted) contexts [N, 77, width]."""
+    """DDIM latents [count, 4, 16, 16]; the UNet is told of so many empty captions and of as many that are wanted."""
     generator = torch.Generator(DEVICE).manual_seed(1)
-    x = torch.randn(1, *LATENT, device=DEVICE, generator=generator).repeat(len(contexts[1]), 1, 1, 1)
-    both = torch.cat(contexts)
+    x = torch.randn(1, *LATENT, device=DEVICE, generator=generator).repeat(count, 1, 1, 1)
     times = torch.linspace(981, 1, steps, device=DEVICE).round().long()
     ends = torch.cat([alphas[times[1:]], alphas[:1]])
     for now, b in zip(times, ends, strict=True):
         a = alphas[now]
-        away, to = unet(torch.cat([x, x]), now, encoder_hidden_states=both, return_dict=False)[0].chunk(2)
+        away, to = unet(torch.cat([x, x]), now, **told, return_dict=False)[0].chunk(2)
         eps = away + guidance * (to - away)
         x = b.sqrt() * (x - (1 - a).sqrt() * eps) / a.sqrt() + (1 - b).sqrt() * eps
     return x
@@ -40,8 +40,9 @@ def draw_sheet(world: Any, vae: nn.Module, pictures: Tensor, path: Path, columns
     common = sorted(set.intersection(*({*found} for found in places.values())))[:: max(1, 150 // columns)][:columns]
 
     def draw(index: list[int], kind: int) -> Tensor:
-        contexts = [text(world.captions.rows[index, k], world.captions.known[index, k].float()) for k in (EMPTY, kind)]
-        return vae.decode(sample(unet, world.alphas, (contexts[0], contexts[1]), 4.0) / SCALE).sample
+        empty, wanted = (world.said(text, index, one) for one in (EMPTY, kind))
+        told = world.form.told(tree_map(lambda *pair: torch.cat(pair), empty, wanted))
+        return vae.decode(sample(unet, world.alphas, told, len(index), 4.0) / SCALE).sample
 
     rows = []
     for style in BASE_STYLES.values():
