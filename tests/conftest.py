@@ -11,6 +11,11 @@ import torch
 from PIL import Image
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # A process a core: with several threads each they wait for one another at every small operation, and the whole
+    # takes twice as long. Their child processes do likewise.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
 if not torch.cuda.is_available():
     # Without a GPU its kernels run in Triton's interpreter; read when Triton is first imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")

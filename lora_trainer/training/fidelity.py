@@ -25,7 +25,7 @@ from lora_trainer.training import randomness
 from lora_trainer.training.clip_scores import Clip, Scores
 from lora_trainer.training.data import TrainingData
 from lora_trainer.training.judging import PASSES, SHARE, watched
-from lora_trainer.training.looks import answer, drawn, features
+from lora_trainer.training.looks import drawn, features
 from lora_trainer.training.segment import Segment
 
 # What most models know, none of it a style.
@@ -52,11 +52,12 @@ GAIN, UNMOVED = 6, 0.25
 
 @dataclass(frozen=True)
 class Base:
-    """What does not change over a run: the base's way with other prompts (timestep, shown, answered; on the CPU), what
-    it sees in the real pictures of the asked captions [n, C] and in its own [n, C], how much training pictures differ
-    in that [C], and CLIP's scores of its own."""
+    """What does not change over a run: the base's way with other prompts, what it was `shown` and `answered` at each
+    timestep [prompts, 4, h, w], on the CPU; what it sees in the real pictures of the asked captions [n, C] and in its
+    own [n, C], how much training pictures differ in that [C], and CLIP's scores of its own."""
 
-    way: Sequence[tuple[int, Tensor, Tensor]]
+    shown: Sequence[Tensor]
+    answered: Sequence[Tensor]
     real: Tensor
     spread: Tensor
     drawn: Tensor
@@ -169,8 +170,8 @@ class Fidelity:
                     with segment.base():
                         self._base = self._of_base(segment)
                 begins_as_base = step == 0 and self.config.initial_lora is None
-                drift = 0.0 if begins_as_base else self._drift(segment)
-                likeness, scores = (0.0, self._base.scores) if begins_as_base else self._judged(segment)
+                unmoved = 0.0, 0.0, self._base.scores
+                likeness, drift, scores = unmoved if begins_as_base else self._compared(segment)
         except torch.cuda.OutOfMemoryError:
             torch.cuda.empty_cache()
             self.sink(Notice(text=f"step {step}: drift not measured, it does not fit into the memory", level="warning"))
@@ -181,38 +182,40 @@ class Fidelity:
         self.sink(Compared(step=step, likeness=likeness, drift=drift, score=value, **clip))
 
     def _of_base(self, segment: Segment) -> Base:
-        x = self._noise(segment, "drift", len(self.prompts))
-        way = drawn(segment.judge, x, self._told(segment, self.prompts), STEPS).way
+        device = segment.model.facts.device
         real, models = (
-            self._seen(segment, torch.stack([sample.latents[0] for sample in samples]).to(x.device))
+            self._seen(segment, torch.stack([sample.latents[0] for sample in samples]).to(device))
             for samples in (self._real, self._models)
         )
-        on_host = [(t, shown.cpu(), answered.cpu()) for t, shown, answered in way]
-        latents = self._drawn(segment)
-        spread = real.std(0).clamp_min(1e-6)
-        return Base(on_host, models, spread, self._seen(segment, latents), self._scores(segment, latents))
+        x = torch.cat([self._noise(segment, "drift", len(self.prompts)), self._start(segment)])
+        base = drawn(segment.judge, x, self._told(segment, self._all), STEPS)
+        others = len(self.prompts)
+        shown, answered = ([each[:others].cpu() for each in way] for way in (base.shown, base.answered))
+        latents, spread = base.latents[others:], real.std(0).clamp_min(1e-6)
+        return Base(shown, answered, models, spread, self._seen(segment, latents), self._scores(segment, latents))
 
-    def _drift(self, segment: Segment) -> float:
-        """How far answers to other prompts are from the base's, squared, as a share of the base's own; at the places to
-        which the base's own way leads."""
-        told, device = self._told(segment, self.prompts), segment.model.facts.device
+    def _compared(self, segment: Segment) -> tuple[float, float, Scores | None]:
+        """The likeness of what is drawn now; the drift: how far answers to other prompts are from the base's, squared,
+        as a share of the base's own, at the places to which the base's own way leads; and CLIP's scores."""
+        x = self._start(segment)
+        beside = [shown.to(x.device) for shown in self._base.shown]
+        now = drawn(segment.judge, x, self._told(segment, self._all), STEPS, beside)
         moved = whole = 0.0
-        for t, shown, answered in self._base.way:
-            there = answered.to(device)
-            moved += (answer(segment.judge, shown.to(device), t, told) - there).square().sum().item()
+        for answered, base in zip(now.answered, self._base.answered, strict=True):
+            there = base.to(x.device)
+            moved += (answered[: len(there)] - there).square().sum().item()
             whole += there.square().sum().item()
-        return moved / whole
+        far = self._base.far(self._seen(segment, now.latents))
+        return 1 - far / self._base.distance, moved / whole, self._scores(segment, now.latents)
 
-    def _judged(self, segment: Segment) -> tuple[float, Scores | None]:
-        """The likeness of what is drawn now, and CLIP's scores."""
-        latents = self._drawn(segment)
-        far = self._base.far(self._seen(segment, latents))
-        return 1 - far / self._base.distance, self._scores(segment, latents)
+    @property
+    def _all(self) -> list[str]:
+        """Other prompts, then the captions that are drawn."""
+        return [*self.prompts, *self._asked]
 
-    def _drawn(self, segment: Segment) -> Tensor:
-        """Latents of the pictures that are drawn now."""
-        x = self._noise(segment, "fidelity", len(self._asked))
-        return drawn(segment.judge, x, self._told(segment, self._asked), STEPS).latents
+    def _start(self, segment: Segment) -> Tensor:
+        """The drawings' starting noise."""
+        return self._noise(segment, "fidelity", len(self._asked))
 
     def _scores(self, segment: Segment, latents: Tensor) -> Scores | None:
         if self._clip is None:

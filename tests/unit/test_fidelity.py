@@ -36,7 +36,7 @@ def often(monkeypatch):
 def test_pictures_are_as_far_as_they_differ_from_the_real_ones_of_their_captions():
     generator = torch.Generator().manual_seed(0)
     real, spread = torch.randn(8, 16, generator=generator), torch.full((16,), 2.0)
-    base = Base((), real, spread, real + 4, None)
+    base = Base((), (), real, spread, real + 4, None)
     assert base.far(real) == 0
     assert base.distance == pytest.approx(4)
     assert base.far(real + 2) == pytest.approx(1)
