@@ -19,8 +19,10 @@ import argparse
 import json
 import math
 import multiprocessing
+import os
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -168,6 +170,18 @@ def run(name: str, style: str, seed: int, work: Path, asked: argparse.Namespace)
     return json.dumps({**about, "pictures": asked.pictures, **found})
 
 
+def end_with_parent() -> None:
+    """A worker of a killed benchmark would go on for as long as its run takes."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=[n for n in SETTINGS if n not in PRESETS])
@@ -191,7 +205,7 @@ def main(arguments: Sequence[str]) -> None:
         for style in asked.styles:
             prepare(style, work, asked)
         runs = [(n, style, seed) for seed in asked.seeds for style in asked.styles for n in asked.settings]
-        with ProcessPoolExecutor(asked.workers, multiprocessing.get_context("spawn")) as pool:
+        with ProcessPoolExecutor(asked.workers, multiprocessing.get_context("spawn"), end_with_parent) as pool:
             for done in as_completed([pool.submit(run, *one, work, asked) for one in runs]):
                 print(done.result(), flush=True)
 

@@ -10,6 +10,7 @@ measurement is looked at.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -62,11 +63,20 @@ def spearman(one: Sequence[float], other: Sequence[float]) -> float:
 
 def correlations(lines: Sequence[Line], pictures: Sequence[Line]) -> Iterator[str]:
     """Rank correlations within each run: of the score with the held-out loss and with the pictures' distance (their
-    signs turned, so that 1 is agreement), and of those two with each other; last the mean. The score is by its formula
-    of now, of what was measured then."""
-    far = {(p["style"], p["seed"], p["step"]): p["distance"] for p in pictures}
-    yield "| run | checkpoints | score, held-out loss | score, pictures | held-out loss, pictures |"
-    yield "|---|---|---|---|---|"
+    signs turned, so that 1 is agreement), of those two with each other, and of every other draw of the pictures with
+    the rest of them, which is how far their order can be trusted; last the mean. The score is by its formula of now, of
+    what was measured then."""
+    drawn = {(p["style"], p["seed"], p["step"]): p for p in pictures}
+    columns = (
+        "run",
+        "checkpoints",
+        "score, held-out loss",
+        "score, pictures",
+        "held-out loss, pictures",
+        "pictures' own",
+    )
+    yield f"| {' | '.join(columns)} |"
+    yield "|" + "---|" * len(columns)
     rows = []
     for line in sorted(lines, key=lambda line: (line["style"], line["seed"])):
         loss = {step: lora for step, lora, _ in line["curve"]}
@@ -76,20 +86,29 @@ def correlations(lines: Sequence[Line], pictures: Sequence[Line]) -> Iterator[st
             if step > 0 and step in loss
         ]
         at = {
-            step: far.get((line["style"], line["seed"], None if step == line["steps"] else step)) for step, _ in shown
+            step: drawn.get((line["style"], line["seed"], None if step == line["steps"] else step)) for step, _ in shown
         }
-        seen = [(value, -loss[step], -at[step]) for step, value in shown if at[step] is not None]
+        seen = [(value, -loss[step], at[step]) for step, value in shown if at[step] is not None]
         if len(seen) < 3:
             continue
-        scored, held_out, drawn = zip(*seen, strict=True)
-        rows.append([spearman(scored, held_out), spearman(scored, drawn), spearman(held_out, drawn)])
+        scored, held_out, found = zip(*seen, strict=True)
+        near = [-each["distance"] for each in found]
+        rows.append([spearman(scored, held_out), spearman(scored, near), spearman(held_out, near), trust(found)])
         yield f"| {line['style']} {line['seed']} | {len(seen)} | " + _row(rows[-1])
     if rows:
         yield "| mean | | " + _row([mean(column) for column in zip(*rows, strict=True)])
 
 
+def trust(pictures: Sequence[Line]) -> float:
+    """Rank correlation of two halves of the draws; of fewer than two not a number."""
+    draws = [each.get("draws", []) for each in pictures]
+    if min(map(len, draws)) < 2:
+        return math.nan
+    return spearman([mean(each[::2]) for each in draws], [mean(each[1::2]) for each in draws])
+
+
 def _row(values: Sequence[float]) -> str:
-    return " | ".join(f"{value:.2f}" for value in values) + " |"
+    return " | ".join("" if math.isnan(value) else f"{value:.2f}" for value in values) + " |"
 
 
 def main(arguments: Sequence[str]) -> None:

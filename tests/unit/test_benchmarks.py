@@ -15,6 +15,7 @@ from PIL import Image
 from benchmarks import drift, estimate, figures, pictures, plot, plot_quality, presets, quality, step, stopping
 from benchmarks.styles import STYLES, folders
 from lora_trainer.adapters.kinds import KINDS
+from lora_trainer.config.presets import preset_values
 from lora_trainer.models.single_file import model_of, place
 from lora_trainer.models.storage import STORAGES
 from lora_trainer.models.stored import Stored
@@ -108,15 +109,27 @@ def test_each_style_draws_the_same_subjects_in_its_own_colours(tmp_path):
     assert all(np.abs(a - b).max() > 20 for i, a in enumerate(colours) for b in colours[:i])
 
 
+ASKED = {"visits": 1200, "pictures": 24, "held_out": 8, "validations": 10, "overrides": []}
+ASKED |= {"base": None, "family": "sd15"}
+
+
 @pytest.mark.parametrize("name", quality.SETTINGS)
 def test_all_settings_see_as_many_pictures(name, tmp_path):
-    asked = argparse.Namespace(visits=1200, pictures=24, held_out=8, validations=10, overrides=[])
-    config = quality.config_of(name, "ink", 3, tmp_path, asked)
+    config = quality.config_of(name, "ink", 3, tmp_path, argparse.Namespace(**ASKED))
     assert config.max_train_steps * config.batch_size * config.gradient_accumulation_steps == 1200
     assert config.validate_every == config.max_train_steps // 10
     assert config.seed == 3
     assert len(list(Path(config.train_data_dir).glob("*.png"))) == 24
     assert len(list(Path(config.validation_data_dir).glob("*.png"))) == 8
+
+
+def test_a_preset_is_measured_as_it_is_for_the_family_of_the_base(tmp_path):
+    asked = argparse.Namespace(**ASKED | {"base": tmp_path / "xl.safetensors", "family": "sdxl"})
+    config = quality.config_of("character", "ink", 3, tmp_path, asked)
+    assert Path(config.base_model) == asked.base
+    told = {key: getattr(config, key) for key in preset_values("character", "sdxl") if key != "epochs"}
+    assert told == {key: value for key, value in preset_values("character", "sdxl").items() if key != "epochs"}
+    assert config.max_train_steps * config.batch_size * config.gradient_accumulation_steps == 1200
 
 
 def test_the_page_of_the_defaults_is_fresh():
@@ -151,6 +164,23 @@ def test_ranks_agree_or_not():
     assert stopping.spearman([1, 5, 9], [0.1, 0.2, 0.9]) == pytest.approx(1)
     assert stopping.spearman([1, 5, 9], [3, 2, 1]) == pytest.approx(-1)
     assert stopping.ranks([2, 1, 2]) == [1.5, 0, 1.5]
+
+
+def test_a_runs_row_says_how_score_loss_and_pictures_agree():
+    line = {"style": "ink", "seed": 1, "base": 1.0, "steps": 30}
+    line |= {"curve": [(0, 1.0, 1.0), (10, 0.6, 0.6), (20, 0.5, 0.5), (30, 0.4, 0.4)]}
+    line |= {"compared": [(0, 0, 0, 0), *((step, step / 60, 0.1, 0) for step in (10, 20, 30))]}
+    far = {10: [0.3, 0.1, 0.3], 20: [0.2, 0.2, 0.2], None: [0.1, 0.3, 0.1]}
+    seen = [
+        {"style": "ink", "seed": 1, "step": step, "distance": sum(draws) / 3, "draws": draws}
+        for step, draws in far.items()
+    ]
+    *_, row, total = stopping.correlations([line], seen)
+    assert row == "| ink 1 | 3 | 1.00 | 1.00 | 1.00 | -1.00 |"
+    assert total == "| mean | | 1.00 | 1.00 | 1.00 | -1.00 |"
+    for each in seen:
+        del each["draws"]
+    assert list(stopping.correlations([line], seen))[2] == "| ink 1 | 3 | 1.00 | 1.00 | 1.00 |  |"
 
 
 def test_drawings_are_as_far_as_their_thumbnails_differ(tmp_path):
