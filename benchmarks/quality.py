@@ -40,7 +40,8 @@ from lora_trainer.hosts.standalone import train
 from lora_trainer.training import fidelity
 
 PRESETS = ("style", "character", "object")
-_NO_DROPOUT = {"lora_dropout": 0.0}
+# What a default of ours would add to other trainers' settings.
+_PLAIN = {"lora_dropout": 0.0, "loraplus_lr_ratio": 1.0, "ema_decay": 0.0}
 # What other trainers offer a beginner, in our terms, the UNet alone in all of them.
 SETTINGS: Mapping[str, Mapping[str, object]] = MappingProxyType(
     {
@@ -48,7 +49,7 @@ SETTINGS: Mapping[str, Mapping[str, object]] = MappingProxyType(
         # As they are for the family.
         **{name: {} for name in PRESETS},
         # kohya_ss, the GUI's start values
-        "kohya": _NO_DROPOUT
+        "kohya": _PLAIN
         | {
             "lora_rank": 8,
             "lora_alpha": 1,
@@ -58,12 +59,12 @@ SETTINGS: Mapping[str, Mapping[str, object]] = MappingProxyType(
             "lr_warmup_ratio": 0.1,
         },
         # OneTrainer, "sd 1.5 LoRA"
-        "onetrainer": _NO_DROPOUT
+        "onetrainer": _PLAIN
         | {"lora_rank": 16, "lora_alpha": 1, "learning_rate": 3e-4, "batch_size": 4, "lr_warmup_steps": 200},
         # ai-toolkit, config/examples
-        "ai-toolkit": _NO_DROPOUT | {"lora_rank": 32, "lora_alpha": 32, "learning_rate": 1e-4, "batch_size": 1},
+        "ai-toolkit": _PLAIN | {"lora_rank": 32, "lora_alpha": 32, "learning_rate": 1e-4, "batch_size": 1},
         # lora-scripts, the form's start values
-        "lora-scripts": _NO_DROPOUT
+        "lora-scripts": _PLAIN
         | {
             "lora_rank": 32,
             "lora_alpha": 32,
@@ -72,7 +73,7 @@ SETTINGS: Mapping[str, Mapping[str, object]] = MappingProxyType(
             "lr_scheduler": "cosine_with_restarts",
         },
         # sd-webui-traintrain, the form's start values
-        "traintrain": _NO_DROPOUT
+        "traintrain": _PLAIN
         | {
             "lora_rank": 16,
             "lora_alpha": 8,

@@ -123,6 +123,14 @@ def test_all_settings_see_as_many_pictures(name, tmp_path):
     assert len(list(Path(config.validation_data_dir).glob("*.png"))) == 8
 
 
+@pytest.mark.parametrize("name", sorted(quality.SETTINGS.keys() - {"default", *quality.PRESETS}))
+def test_what_others_do_not_have_is_not_given_to_them(name, tmp_path):
+    config = quality.config_of(name, "ink", 3, tmp_path, argparse.Namespace(**ASKED))
+    assert config.ema_decay == 0
+    assert config.loraplus_lr_ratio == 1
+    assert config.lora_dropout == 0
+
+
 def test_a_preset_is_measured_as_it_is_for_the_family_of_the_base(tmp_path):
     asked = argparse.Namespace(**ASKED | {"base": tmp_path / "xl.safetensors", "family": "sdxl"})
     config = quality.config_of("character", "ink", 3, tmp_path, asked)
