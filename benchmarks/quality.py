@@ -89,7 +89,7 @@ SETTINGS: Mapping[str, Mapping[str, object]] = MappingProxyType(
 def config_of(name: str, style: str, seed: int, work: Path, asked: argparse.Namespace) -> Config:
     """The demo's settings with those of `name`, and as many steps as see `asked.visits` pictures."""
     settings = {"gradient_accumulation_steps": 1, "batch_size": 4, "save_steps": 0, **SETTINGS[name]}
-    settings |= preset_values(name, asked.family) if name in PRESETS else {}
+    settings |= preset_values(name, asked.family)
     settings |= parse_overrides(asked.overrides)
     learned, held_out = prepare(style, work, asked)
     paths = {"train_data_dir": learned, "metadata_path": None, "validation_data_dir": held_out}

@@ -30,7 +30,7 @@ def network():
 
 
 def test_what_is_shown_beside_is_answered_as_if_alone_and_changes_no_drawing(network):
-    x, others = torch.randn(3, 4, 8, 8), torch.randn(2, 4, 8, 8)
+    others, x = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(0)).split([2, 3])
     own, told = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.4, 0.5])
     alone = drawn(network, x, {"bias": own}, STEPS)
     along = drawn(network, others, {"bias": told}, STEPS)

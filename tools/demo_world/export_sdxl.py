@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import torch
-from networks import LAYERS, TOKENS, VOCABULARY, WIDTH
+from networks import LAYERS, VOCABULARY, WIDTH, text_config
 from networks_sdxl import UNET, make_text, make_unet, told
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -27,13 +27,6 @@ from lora_trainer.models.families import SD1, SDXL
 from lora_trainer.models.single_file import encoders_of
 from lora_trainer.sampling import conditions
 
-CLIP = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": WIDTH,
-    "intermediate_size": 4 * WIDTH,
-    "num_hidden_layers": LAYERS,
-    "max_position_embeddings": TOKENS,
-}
 QUANT = "first_stage_model.quant_conv."
 TABLE = "embeddings.token_embedding.weight"
 
@@ -55,7 +48,7 @@ def sdxls_vae() -> dict[str, Tensor]:
 def filled(unet: dict[str, Tensor], text: dict[str, Tensor], seen: Tensor) -> dict[str, Tensor]:
     """The checkpoint's state dict."""
     first, second = (part.prefix for part in SDXL.text)
-    shapes = unet_state(UNET) | clip_state(first, CLIP) | open_clip_state(second, width=WIDTH, layers=LAYERS)
+    shapes = unet_state(UNET) | clip_state(first, text_config()) | open_clip_state(second, width=WIDTH, layers=LAYERS)
     state = {name: torch.zeros(shape, dtype=torch.half) for name, shape in shapes.items()}
     write(unet_view(state, head_channels=SDXL.head_channels), unet)
     encoders = encoders_of(state, SDXL, None)

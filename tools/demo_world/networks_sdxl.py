@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from diffusers import UNet2DConditionModel
 from gpu import DEVICE
-from networks import LATENT, WIDTH, Text
+from networks import LATENT, WIDTH, Text, text_config
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -30,7 +30,6 @@ UNET = {
 }
 # Original size, upper left corner of the crop, target size, of every picture.
 SIZES = torch.tensor([[128, 128, 0, 0, 128, 128]], device=DEVICE, dtype=torch.float32)
-END = 49407
 
 
 class Said(NamedTuple):
@@ -45,7 +44,7 @@ class Texts(nn.Module):
 
     def __init__(self, seen: Tensor) -> None:
         super().__init__()
-        self.end = seen.tolist().index(END)
+        self.end = seen.tolist().index(text_config()["eos_token_id"])
         self.first, self.second = Text(seen, heads=1), Text(seen, heads=1, activation=functional.gelu)
         self.text_projection = nn.Linear(WIDTH, WIDTH, bias=False)
 
@@ -60,7 +59,7 @@ class Texts(nn.Module):
 
 
 def make_unet() -> UNet2DConditionModel:
-    """13 M parameters."""
+    """12.5 M parameters, 618 tensors."""
     return UNet2DConditionModel(**UNET)
 
 
