@@ -61,7 +61,7 @@ def _optimizer(config: Config) -> Iterator[str]:
         yield f"optimizer_class: expected optimizer custom beside it, found {config.optimizer}"
     if config.optimizer_args and config.optimizer == "adamw":
         yield "optimizer_args: expected an optimizer of another package beside them, found adamw"
-    for text in config.optimizer_args:
+    for text in config.optimizer_args[:MAX_ENTRIES]:  # what is beyond is refused by its number
         if not ARGUMENT.fullmatch(text):
             yield f"optimizer_args: expected name=value, found {shown(text)}"
     if config.optimizer in SCHEDULE_FREE and config.ema_decay:
