@@ -2,10 +2,10 @@
 are from the real ones, and a sheet of them.
 
 usage: python -m benchmarks.pictures FOLDER [--runs default-ink-1 …] [--device auto] [--count 64] [--draws 1]
-                                     [--sheet SHEET.png --captions 8 --last] >> PICTURES.jsonl
+                                     [--steps 120 360 …] [--last] [--sheet SHEET.png --captions 8] >> PICTURES.jsonl
 
 Prints one line of JSON a LoRA; its distance is the mean over `--draws` pictures of each caption, each of which is
-there too.
+there too. Where the network of `benchmarks.perceptual` is installed, its distance stands beside that.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.perceptual import available, network, perceptual
 from lora_trainer.demo import WORLD
 from lora_trainer.draw import save_picture
 from lora_trainer.hosts.standalone import device_of, open_model
@@ -33,6 +35,7 @@ from lora_trainer.training import randomness
 from lora_trainer.training.precision import Precision
 
 THUMBNAIL = 8
+Measure = Callable[[Tensor, Tensor], float]
 _NAME = re.compile(r"(?P<settings>.+)-(?P<style>[^-]+)-(?P<seed>\d+)")
 _STEP = re.compile(r"-step(\d+)\.safetensors$")
 
@@ -61,6 +64,15 @@ def distance(drawn: Tensor, real: Tensor) -> float:
     return F.mse_loss(one, other).item()
 
 
+def measured(drawn: Sequence[Tensor], real: Tensor, measures: Mapping[str, Measure]) -> dict[str, object]:
+    """By each measure the distance of every draw, and their mean."""
+    found: dict[str, object] = {}
+    for name, measure in measures.items():
+        far = [round(measure(each, real), 5) for each in drawn]
+        found |= {name: round(sum(far) / len(far), 5), f"{name}_draws": far}
+    return found
+
+
 def held_out(folder: Path) -> tuple[list[str], list[Image.Image]]:
     """Captions and pictures, in the order of the list beside them."""
     rows = [line.partition(",") for line in (folder / "metadata.csv").read_text(encoding="utf-8").splitlines()]
@@ -71,6 +83,13 @@ def held_out(folder: Path) -> tuple[list[str], list[Image.Image]]:
 def loras(run: Path) -> list[Path]:
     """A run's files in the order of their steps, the last one without a number at the end."""
     return sorted(run.glob("*.safetensors"), key=lambda path: (step(path) is None, step(path)))
+
+
+def chosen(paths: Sequence[Path], steps: Sequence[int], last: bool) -> list[Path]:
+    """Of a run's files those of `steps` and the last one; all where neither is asked for."""
+    if not steps and not last:
+        return list(paths)
+    return [path for path in paths if step(path) in steps or (last and path == paths[-1])]
 
 
 def step(path: Path) -> int | None:
@@ -86,11 +105,15 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--count", type=int, default=64)
     parser.add_argument("--draws", type=int, default=1)
-    parser.add_argument("--last", action="store_true", help="only the last LoRA of each run")
+    parser.add_argument("--steps", nargs="*", type=int, default=[], help="only the LoRAs of these; all of a run")
+    parser.add_argument("--last", action="store_true", help="and the last LoRA of each run")
     parser.add_argument("--sheet", type=Path, default=None)
     parser.add_argument("--captions", type=int, default=8)
     asked = parser.parse_args(arguments)
     device = device_of(asked.device)
+    measures: dict[str, Measure] = {"distance": distance}
+    if available():
+        measures["perceptual"] = partial(perceptual, network(device))
     rows: list[tuple[str, Sequence[Image.Image]]] = []
     heads: list[str] = []
     for name in asked.runs or sorted(path.parent.name for path in asked.folder.glob("*/logs")):
@@ -99,18 +122,17 @@ def main(arguments: Sequence[str]) -> None:
         captions, real = (part[: asked.count] for part in held_out(found))
         truth = torch.cat([to_tensor(picture) for picture in real])
         recipes = [Recipe(real[0].size, steps=20, seed=seed) for seed in range(asked.draws)]
-        for path in loras(asked.folder / name)[-1 if asked.last else 0 :]:
+        examples = range(0, len(captions), max(1, len(captions) // asked.captions))[: asked.captions]
+        for path in chosen(loras(asked.folder / name), asked.steps, asked.last):
             model = open_model(WORLD / "emoji-world.safetensors", device)
             apply_lora(model, path)
             drawn = [draw(model, captions, recipe) for recipe in recipes]
             line = {**about.groupdict(), "seed": int(about["seed"]), "step": step(path), "count": len(captions)}
-            far = [distance(each, truth) for each in drawn]
-            each = [round(value, 5) for value in far]
-            print(json.dumps({**line, "distance": round(sum(far) / len(far), 5), "draws": each}), flush=True)
-        chosen = range(0, len(captions), max(1, len(captions) // asked.captions))[: asked.captions]
-        rows.append((name.replace("-", "\n"), [to_image(drawn[0][at]) for at in chosen]))
-        heads = [captions[at].split(" of ", 1)[-1] for at in chosen]
-        real_row = ("real\n(held out)", [real[at] for at in chosen])
+            print(json.dumps(line | measured(drawn, truth, measures)), flush=True)
+            label = name if step(path) is None else f"{name}-step {step(path)}"
+            rows.append((label.replace("-", "\n"), [to_image(drawn[0][at]) for at in examples]))
+        heads = [captions[at].split(" of ", 1)[-1] for at in examples]
+        real_row = ("real\n(held out)", [real[at] for at in examples])
     if asked.sheet:
         save_picture(contact_sheet([*rows, real_row], heads), asked.sheet)
 

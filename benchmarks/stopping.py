@@ -1,10 +1,10 @@
 """When early stopping would have ended long runs, and whether the score of fidelity against drift ranks checkpoints as
 the held-out loss and the pictures do.
 
-usage: python -m benchmarks.stopping RESULTS.jsonl [PICTURES.jsonl] [--patience 3] [--every 1]
+usage: python -m benchmarks.stopping RESULTS.jsonl [PICTURES.jsonl] [--by distance] [--patience 3] [--every 1]
 
-RESULTS are lines of `benchmarks.quality`, run to their end, PICTURES those of `benchmarks.pictures`. Every `every`-th
-measurement is looked at.
+RESULTS are lines of `benchmarks.quality`, run to their end, PICTURES those of `benchmarks.pictures`, looked at by one
+of their measures. Every `every`-th measurement is looked at.
 """
 
 from __future__ import annotations
@@ -61,11 +61,11 @@ def spearman(one: Sequence[float], other: Sequence[float]) -> float:
     return covariance / (sum((x - ma) ** 2 for x in a) * sum((y - mb) ** 2 for y in b)) ** 0.5
 
 
-def correlations(lines: Sequence[Line], pictures: Sequence[Line]) -> Iterator[str]:
-    """Rank correlations within each run: of the score with the held-out loss and with the pictures' distance (their
-    signs turned, so that 1 is agreement), of those two with each other, and of every other draw of the pictures with
-    the rest of them, which is how far their order can be trusted; last the mean. The score is by its formula of now, of
-    what was measured then."""
+def correlations(lines: Sequence[Line], pictures: Sequence[Line], by: str = "distance") -> Iterator[str]:
+    """Rank correlations within each run: of the score with the held-out loss and with the pictures' distance, `by` one
+    of their measures (their signs turned, so that 1 is agreement), of those two with each other, and of every other
+    draw of the pictures with the rest of them, which is how far their order can be trusted; last the mean. The score is
+    by its formula of now, of what was measured then."""
     drawn = {(p["style"], p["seed"], p["step"]): p for p in pictures}
     columns = (
         "run",
@@ -92,16 +92,16 @@ def correlations(lines: Sequence[Line], pictures: Sequence[Line]) -> Iterator[st
         if len(seen) < 3:
             continue
         scored, held_out, found = zip(*seen, strict=True)
-        near = [-each["distance"] for each in found]
-        rows.append([spearman(scored, held_out), spearman(scored, near), spearman(held_out, near), trust(found)])
+        near = [-each[by] for each in found]
+        own = trust([each.get(f"{by}_draws", []) for each in found])
+        rows.append([spearman(scored, held_out), spearman(scored, near), spearman(held_out, near), own])
         yield f"| {line['style']} {line['seed']} | {len(seen)} | " + _row(rows[-1])
     if rows:
         yield "| mean | | " + _row([mean(column) for column in zip(*rows, strict=True)])
 
 
-def trust(pictures: Sequence[Line]) -> float:
-    """Rank correlation of two halves of the draws; of fewer than two not a number."""
-    draws = [each.get("draws", []) for each in pictures]
+def trust(draws: Sequence[Sequence[float]]) -> float:
+    """Rank correlation of two halves of the draws of each checkpoint; of fewer than two not a number."""
     if min(map(len, draws)) < 2:
         return math.nan
     return spearman([mean(each[::2]) for each in draws], [mean(each[1::2]) for each in draws])
@@ -116,12 +116,13 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("results", type=Path)
     parser.add_argument("pictures", type=Path, nargs="?")
     parser.add_argument("--patience", type=int, default=3)
+    parser.add_argument("--by", choices=("distance", "perceptual"), default="distance")
     parser.add_argument("--every", type=int, default=1)
     asked = parser.parse_args(arguments)
     lines = read([asked.results])
     print("\n".join(stops(lines, asked.patience, asked.every)))
     if asked.pictures:
-        print("\n" + "\n".join(correlations(lines, read([asked.pictures]))))
+        print("\n" + "\n".join(correlations(lines, read([asked.pictures]), asked.by)))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,19 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import drift, estimate, figures, pictures, plot, plot_quality, presets, quality, step, stopping
+from benchmarks import (
+    drift,
+    estimate,
+    figures,
+    perceptual,
+    pictures,
+    plot,
+    plot_quality,
+    presets,
+    quality,
+    step,
+    stopping,
+)
 from benchmarks.styles import STYLES, folders
 from lora_trainer.adapters.kinds import KINDS
 from lora_trainer.config.presets import preset_values
@@ -180,14 +192,14 @@ def test_a_runs_row_says_how_score_loss_and_pictures_agree():
     line |= {"compared": [(0, 0, 0, 0), *((step, step / 60, 0.1, 0) for step in (10, 20, 30))]}
     far = {10: [0.3, 0.1, 0.3], 20: [0.2, 0.2, 0.2], None: [0.1, 0.3, 0.1]}
     seen = [
-        {"style": "ink", "seed": 1, "step": step, "distance": sum(draws) / 3, "draws": draws}
+        {"style": "ink", "seed": 1, "step": step, "distance": sum(draws) / 3, "distance_draws": draws}
         for step, draws in far.items()
     ]
     *_, row, total = stopping.correlations([line], seen)
     assert row == "| ink 1 | 3 | 1.00 | 1.00 | 1.00 | -1.00 |"
     assert total == "| mean | | 1.00 | 1.00 | 1.00 | -1.00 |"
     for each in seen:
-        del each["draws"]
+        del each["distance_draws"]
     assert list(stopping.correlations([line], seen))[2] == "| ink 1 | 3 | 1.00 | 1.00 | 1.00 |  |"
 
 
@@ -197,7 +209,28 @@ def test_drawings_are_as_far_as_their_thumbnails_differ(tmp_path):
     assert pictures.distance(real + 0.5, real) == pytest.approx(0.25)
     for name in ("a.safetensors", "a-step00000020.safetensors", "a-step00000003.safetensors"):
         (tmp_path / name).touch()
-    assert [pictures.step(path) for path in pictures.loras(tmp_path)] == [3, 20, None]
+    files = pictures.loras(tmp_path)
+    assert [pictures.step(path) for path in files] == [3, 20, None]
+    assert pictures.chosen(files, [], last=False) == files
+    assert pictures.chosen(files, [20], last=False) == files[1:2]
+    assert pictures.chosen(files, [3], last=True) == [files[0], files[2]]
+    lines = pictures.measured([real, real + 0.5], real, {"distance": pictures.distance})
+    assert lines == {"distance": 0.125, "distance_draws": [0.0, 0.25]}
+
+
+def test_another_network_tells_pictures_apart():
+    torch.manual_seed(0)
+    judge = torch.nn.Module()
+    judge._conv_stem, judge._bn0, judge._swish = torch.nn.Conv2d(3, 8, 3, 2, 1), torch.nn.Identity(), torch.nn.ReLU()
+    judge._blocks = torch.nn.ModuleList([torch.nn.Conv2d(8, 8, 3, 1, 1), torch.nn.Conv2d(8, 4, 3, 2, 1)])
+    real = torch.rand(18, 3, 32, 32) * 2 - 1
+    assert [level.shape[1:] for level in perceptual.levels(judge, real)] == [(8, 112, 112), (4, 56, 56)]
+    nearer, farther = (perceptual.perceptual(judge, real + by * torch.randn_like(real), real) for by in (0.1, 1))
+    assert perceptual.perceptual(judge, real, real) == 0 < nearer < farther < 4
+    each = [
+        perceptual.perceptual(judge, one, other) for one, other in zip(real[:-1, None], real[1:, None], strict=True)
+    ]
+    assert perceptual.perceptual(judge, real[:-1], real[1:]) == pytest.approx(sum(each) / len(each))
 
 
 def test_a_measured_base_is_stored_as_a_runs_is(checkpoint):
