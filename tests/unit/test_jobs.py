@@ -66,7 +66,7 @@ def service(tmp_path, work):
     service.close()
 
 
-def until(what, timeout=5.0):
+def until(what, timeout=60.0):
     deadline = time.monotonic() + timeout
     while not what():
         assert time.monotonic() < deadline, "timed out"

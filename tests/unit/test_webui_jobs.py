@@ -82,7 +82,7 @@ def queued(ui, action) -> threading.Thread:
     """`action` in a thread that waits in the queue now."""
     thread = threading.Thread(target=action, daemon=True)
     thread.start()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not ui.lock._pending_threads:
         assert time.monotonic() < deadline, "it does not wait"
         time.sleep(0.0005)

@@ -133,7 +133,7 @@ def test_who_waits_no_longer_is_not_waited_for(fake_webui, lease):
         del kept
         began = time.perf_counter()
         assert all(lease.hand_over() for _ in range(1000))
-        assert time.perf_counter() - began < 0.5
+        assert time.perf_counter() - began < 2
     assert not fake_webui.lock._lock.locked()
 
 
@@ -144,7 +144,7 @@ def test_nobody_waits_nothing_is_released(fake_webui, lease):
         fake_webui.lock.release = lambda: (released.append(1), release())
         began = time.perf_counter()
         assert all(lease.hand_over() for _ in range(1000))
-        assert time.perf_counter() - began < 0.5
+        assert time.perf_counter() - began < 2
         assert released == []
         del fake_webui.lock.release
     assert not fake_webui.lock._lock.locked()
