@@ -106,7 +106,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--count", type=int, default=64)
     parser.add_argument("--draws", type=int, default=1)
     parser.add_argument("--steps", nargs="*", type=int, default=[], help="only the LoRAs of these; all of a run")
-    parser.add_argument("--last", action="store_true", help="and the last LoRA of each run")
+    parser.add_argument("--last", action="store_true", help="the last LoRA of each run, beside those")
     parser.add_argument("--sheet", type=Path, default=None)
     parser.add_argument("--captions", type=int, default=8)
     asked = parser.parse_args(arguments)
