@@ -268,6 +268,14 @@ def test_settings_that_contradict_each_other(settings, message):
         build(NEEDED, settings)
 
 
+def test_of_too_many_arguments_no_more_are_looked_at_than_are_allowed():
+    with pytest.raises(ConfigError) as caught:
+        build(NEEDED, {"optimizer": "lion", "optimizer_args": ["betas"] * 100_000})
+    assert caught.value.problems[0] == "optimizer_args: expected at most 1,000 entries, found 100,000"
+    # Two of the size, a thousand of the form, of which a hundred are told.
+    assert caught.value.problems[-1] == "… and 902 more"
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
